@@ -1,0 +1,1 @@
+"""Typed configuration: schemas with ranges (schema.py), composed from yaml and command line (compose.py)."""

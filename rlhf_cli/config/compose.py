@@ -1,0 +1,269 @@
+"""From overrides to a typed config: Hydra composes the yaml, validate.py checks it. The only DictConfig is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from importlib import import_module, invalidate_caches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from rlhf_cli.config import validate
+from rlhf_cli.config.catalog import Catalog, advice, conf_dir, has_key
+from rlhf_cli.config.schema import CommandConfig
+from rlhf_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.override_parser.types import Override
+
+HYDRA_VERSION_BASE = "1.3"
+RECORD_FILE = "overrides.json"
+
+
+def load(command: str, overrides: list[str], config_dir: Path | None = None) -> CommandConfig:
+    """Return the typed config of one run.
+
+    Args:
+        command: `train-sft`, `train-rm`, `align` or `evaluate` (underscores are accepted too).
+        overrides: as typed: `algo=pm`, `algo.beta=0.5`; `+` and `++` in front change nothing.
+        config_dir: a user's own directory with further yaml (and algos/*.py), or None.
+
+    Raises:
+        ConfigError: anything about it is not valid.
+    """
+    command = command.replace("_", "-")
+    overrides, config_dir = with_base(command, overrides, config_dir)
+    catalog = Catalog(command, config_dir)
+    parsed = parse(overrides)
+    for override in parsed:
+        check_override(override, catalog)
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"{override.input_line} lists several values",
+                "One run takes one",
+                "Add -m to run one job for each, or quote the value if it is text with a comma",
+            )
+    _admit_user_algorithms(config_dir)
+    values, chosen = _composed(catalog, [hydra_form(override, catalog) for override in parsed])
+    values = {key: value for key, value in values.items() if not _is_foreign(key, command, parsed)}
+    return validate.typed(catalog, values, _origin(catalog, parsed, chosen))
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Return the overrides in Hydra's parsed form.
+
+    Raises:
+        ConfigError: one is malformed.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(_with_path_quoted(text)))
+        except HydraException as error:
+            reason = str(error).split("\nSee https")[0].removeprefix(f"Error parsing override '{text}'")
+            raise ConfigError(
+                f"cannot read '{text}'", reason, "Write KEY=VALUE, and quote special characters: key='a,b'"
+            ) from None
+    return parsed
+
+
+def _with_path_quoted(text: str) -> str:
+    """Return the override with quotes if its value is a path that exists: run folders are named `algo=pm,seed=0`."""
+    key, _, value = text.partition("=")
+    if re.fullmatch(r"[\w./:@-]*", value) or "'" in value or not os.path.exists(value):
+        return text
+    return f"{key}='{value}'"
+
+
+def is_hydra(key: str) -> bool:
+    """Return whether a key configures Hydra itself (launcher, sweeper), not the run."""
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def check_override(override: Override, catalog: Catalog) -> None:
+    """Refuse deletions, packages, and choices that do not exist; values are judged after composition.
+
+    Raises:
+        ConfigError: naming the override.
+    """
+    key = override.key_or_group
+    if not key or override.package is not None or override.is_delete():
+        raise ConfigError(f"{override.input_line} is not possible", todo="Write KEY=VALUE with a key of the config")
+    if key == "hydra.searchpath":
+        raise ConfigError("hydra.searchpath is set by rlhf itself", todo="Use --config-dir for a directory of your own")
+    if is_hydra(key):
+        return
+    if "/" in key or (key not in catalog.groups and catalog.choices(key)):
+        raise validate.unknown_key(key.replace("/", "."), catalog, [], "on the command line")
+    if key not in catalog.groups or override.is_sweep_override():
+        return
+    value, valid = override.value(), catalog.choices(key)
+    several = isinstance(value, list) and key == "experiment"
+    for choice in value if several else [value]:  # type: ignore[union-attr]
+        if choice not in valid and not (choice is None and catalog.groups[key] is None):
+            shown = "null" if choice is None else choice
+            raise ConfigError(f"{key}={shown} does not exist", todo=advice(str(choice), valid))
+
+
+def hydra_form(override: Override, catalog: Catalog) -> str:
+    """Return the override as Hydra shall see it: values are forced in, since the schema judges them afterwards."""
+    key = override.key_or_group
+    if is_hydra(key):
+        return str(override.input_line)
+    bare = plain(override)
+    return bare if key in catalog.groups else f"++{bare}"
+
+
+def plain(override: Override) -> str:
+    """Return the override as typed, without `+` or `++`."""
+    return str(override.input_line).lstrip("+")
+
+
+class UserDirectory(SearchPathPlugin):
+    """Puts a user's own directory in front of ours on every search path Hydra makes."""
+
+    directory: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the directory, if there is one."""
+        if self.directory is not None:
+            search_path.prepend("user", f"file://{self.directory.resolve()}", anchor="main")
+
+
+@contextmanager
+def search_path(catalog: Catalog) -> Iterator[str]:
+    """Within it, Hydra also finds the user's yaml; the value is the directory of ours, Hydra's main one."""
+    Plugins.instance().register(UserDirectory)
+    before, UserDirectory.directory = UserDirectory.directory, catalog.config_dir
+    running = GlobalHydra.instance()  # a job of a multirun composes while Hydra runs it
+    outer, running.hydra = running.hydra, None
+    try:
+        yield str(conf_dir())
+    finally:
+        UserDirectory.directory, running.hydra = before, outer
+
+
+def _composed(catalog: Catalog, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the composed values as plain dicts, and the choice of each group."""
+    try:
+        with search_path(catalog) as ours, initialize_config_dir(ours, version_base=HYDRA_VERSION_BASE):
+            cfg = compose(catalog.primary, overrides, return_hydra_config=True)
+        chosen = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{error.full_key} cannot be resolved", str(error.msg)) from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError("the configuration does not compose", hydra_reason(error)) from None
+    return values, chosen  # type: ignore[return-value]
+
+
+def hydra_reason(error: Exception) -> str:
+    """Return what Hydra says is wrong, without its search path."""
+    return str(error).split("Config search path")[0]
+
+
+def _admit_user_algorithms(config_dir: Path | None) -> None:
+    """Let rlhf_cli.algos find the modules in config_dir/algos, so that an algorithm is one yaml and one module."""
+    if config_dir is not None:
+        folder, package = str(config_dir.resolve() / "algos"), import_module("rlhf_cli.algos")
+        if folder not in package.__path__:
+            package.__path__.append(folder)
+        invalidate_caches()
+
+
+def _is_foreign(key: str, command: str, parsed: list[Override]) -> bool:
+    """Return whether a block is another command's and came from yaml: an experiment serves every command."""
+    typed_here = any(override.key_or_group.split(".")[0] == key for override in parsed)
+    own = {field.name for field in fields(validate.COMMANDS[command])}
+    known = {field.name for schema in validate.COMMANDS.values() for field in fields(schema)}
+    return not typed_here and key in known - own
+
+
+def _origin(catalog: Catalog, parsed: list[Override], chosen: dict[str, Any]) -> Callable[[str], str]:
+    """Return a function that says where a dotted key was set."""
+    typed_keys = [override.key_or_group for override in parsed if override.key_or_group not in catalog.groups]
+
+    experiments = next((item.value() for item in reversed(parsed) if item.key_or_group == "experiment"), None)
+
+    def where(key: str) -> str:
+        if any(f"{key}.".startswith(f"{typed}.") or typed.startswith(f"{key}.") for typed in typed_keys):
+            return "on the command line"
+        group, _, rest = key.partition(".")
+        for name in experiments if isinstance(experiments, list) else [experiments]:
+            if has_key(catalog.read(f"experiment/{name}"), key):
+                return f"in {catalog.path(f'experiment/{name}')}"
+        name = f"{group}/{chosen[group]}" if chosen.get(group) and rest else catalog.primary
+        return f"in {catalog.path(name) or name}"
+
+    return where
+
+
+def with_base(command: str, overrides: list[str], config_dir: Path | None) -> tuple[list[str], Path | None]:
+    """Return the overrides of `evaluate policy=RUN_DIR` on top of those the run was made with; others as they are.
+
+    Raises:
+        ConfigError: the run's record is damaged.
+    """
+    parsed = parse(overrides)
+    asked = [str(item.input_line) for item in parsed]
+    policy = next((item for item in reversed(parsed) if item.key_or_group == "policy"), None)
+    if command != "evaluate" or policy is None or policy.is_sweep_override() or policy.value() is None:
+        return asked, config_dir
+    record_file = Path(str(policy.value())) / RECORD_FILE
+    if not record_file.is_file():
+        return asked, config_dir
+    try:
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        made_with, made_in = [str(text) for text in record["overrides"]], record.get("config_dir")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{record_file} is damaged", str(error), 'It should hold {"command": ..., "overrides": [...]}'
+        ) from None
+    own = {item.key_or_group for item in parsed}
+    replaced = {"run_dir", *own}
+    base = [
+        item
+        for item in parse(made_with)
+        if item.key_or_group not in replaced
+        and item.key_or_group.partition(".")[0] not in own
+        and not is_hydra(item.key_or_group)
+    ]
+    return [*(plain(item) for item in base), *asked], config_dir or (Path(made_in) if made_in else None)
+
+
+def as_dict(cfg: CommandConfig) -> dict[str, Any]:
+    """Return a typed config as nested dicts, in the order of its schema."""
+    return asdict(cfg)
+
+
+def dump(cfg: CommandConfig) -> str:
+    """Return a typed config as yaml, every value resolved, in the order of its schema."""
+    return yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True)
+
+
+def identity(obj: Any) -> dict[str, Any]:
+    """Return a config (or any block of it) as nested dicts without what cannot change the result.
+
+    Left out are the fields whose metadata says identity=False, at every depth.
+    """
+    kept = [field.name for field in fields(obj) if field.metadata.get("identity", True)]
+    values = {name: getattr(obj, name) for name in kept}
+    return {name: identity(value) if is_dataclass(value) else value for name, value in values.items()}

@@ -1,0 +1,230 @@
+"""Structured configs: the type and range of every key. Values live in yaml (conf/), never here.
+
+A field made with `setting` carries its range in the dataclass metadata; `validate.py` reads it. Nothing heavy is
+imported here, so a config error is answered before torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def setting(
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] | None = None,
+    identity: bool = True,
+) -> Any:
+    """Return a dataclass field without a value, with the range its value must lie in.
+
+    Args:
+        gt, ge, lt, le: bounds (exclusive, inclusive, exclusive, inclusive); null is never compared.
+        choices: the allowed strings.
+        identity: False keeps the key out of the content hash by which finished stages are re-used
+            (logging, places, hardware: what cannot change the result).
+    """
+    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
+    metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
+    if not identity:
+        metadata["identity"] = False
+    return field(default=MISSING, metadata=metadata)
+
+
+@dataclass
+class AlgoConfig:
+    """What every algorithm has. `name` names the yaml, the module rlhf_cli/algos/<name>.py and the tracker group."""
+
+    name: str = MISSING
+    beta: float = setting(gt=0)
+
+
+@dataclass
+class OnlineAlgoConfig(AlgoConfig):
+    """Settings of the on-policy algorithms (arXiv 2405.16455 and its official code; math.md §3)."""
+
+    advantage: str = setting(choices=["gae", "rloo"])
+    gamma: float = setting(ge=0, le=1)
+    lam: float = setting(ge=0, le=1)
+    clip_range: float = setting(gt=0)
+    value_clip_range: float = setting(gt=0)
+    missing_eos_penalty: float | None = setting(ge=0)
+    whiten_advantages: bool = MISSING
+    ppo_epochs: int = setting(ge=1)
+    minibatches: int = setting(ge=1)
+    num_generations: int = setting(ge=1)
+    beta_schedule: str = setting(choices=["fixed", "adaptive"])
+    cost_target: float = setting(gt=0)
+    cost_horizon: int = setting(ge=1)
+
+
+@dataclass
+class RewardConfig:
+    """Where rewards come from: `bt` (trained from preferences) or `gold` (the world's own)."""
+
+    name: str = setting(choices=["bt", "gold"])
+    negative_share: float = setting(ge=0, lt=1)
+    clip: float | None = setting(gt=0)
+
+
+@dataclass
+class ModelConfig:
+    """The policy: its architecture when it is made locally (path null), else where it is loaded from."""
+
+    name: str = MISSING
+    path: str | None = MISSING
+    hidden_size: int = setting(ge=8)
+    ffn_size: int = setting(ge=8)
+    layers: int = setting(ge=1)
+    heads: int = setting(ge=1)
+    init_std: float = setting(gt=0)
+    vocab_size: int = setting(ge=300)
+
+
+@dataclass
+class DatasetConfig:
+    """What every dataset has. `source` names the loader: survey, hh_rlhf or preferences."""
+
+    source: str = setting(choices=["survey", "hh_rlhf", "preferences"])
+    max_prompt_tokens: int = setting(ge=1)
+    max_completion_tokens: int = setting(ge=1)
+
+
+@dataclass
+class SurveyConfig(DatasetConfig):
+    """The survey world: opinion questions whose answers, shares and gold rewards are known exactly."""
+
+    seed: int = setting(ge=0)
+    questions: int = setting(ge=1)
+    demonstrations: int = setting(ge=1)
+    pairs: int = setting(ge=1)
+    heldout_pairs: int = setting(ge=1)
+    gold_offset_reward: float = setting(le=0)
+    closed_vocabulary: bool = setting()
+
+
+@dataclass
+class TextConfig(DatasetConfig):
+    """Preference pairs in a local file (`hh_rlhf`: two dialogues a line; `preferences`: prompt, chosen, rejected)."""
+
+    path: str | None = MISSING
+    split_seed: int = setting(ge=0)
+    sft_fraction: float = setting(gt=0, lt=1)
+    rm_fraction: float = setting(gt=0, lt=1)
+    heldout_fraction: float = setting(gt=0, lt=1)
+    eval_prompts: int = setting(ge=1)
+    eval_samples: int = setting(ge=2)
+
+
+@dataclass
+class StageTraining:
+    """How one stage is optimised. Exactly one of max_steps (optimizer steps) and epochs is given."""
+
+    max_steps: int | None = setting(ge=1)
+    epochs: float | None = setting(gt=0)
+    batch_size: int = setting(ge=1)
+    micro_batch_size: int | None = setting(ge=1)
+    learning_rate: float = setting(gt=0)
+    lr_scheduler: str = setting(choices=["constant", "linear", "cosine"])
+    warmup_fraction: float = setting(ge=0, le=1)
+    adam_beta2: float = setting(gt=0, lt=1)
+    weight_decay: float = setting(ge=0)
+    max_grad_norm: float = setting(gt=0)
+    log_every_steps: int = setting(ge=1, identity=False)
+    save_every_steps: int = setting(ge=1, identity=False)
+
+
+@dataclass
+class AlignTraining(StageTraining):
+    """How a policy is aligned; `eval_every_steps` is how often its metrics are computed while it trains."""
+
+    eval_every_steps: int = setting(ge=1, identity=False)
+
+
+@dataclass
+class OnlineTraining(AlignTraining):
+    """On-policy alignment; batch_size counts rollouts per optimizer step."""
+
+    critic_learning_rate: float = setting(gt=0)
+
+
+@dataclass
+class TrainerConfig:
+    """The optimisation of each stage, one block a stage."""
+
+    name: str = MISSING
+    sft: StageTraining = field(default_factory=StageTraining)
+    rm: StageTraining = field(default_factory=StageTraining)
+    online: OnlineTraining = field(default_factory=OnlineTraining)
+    pairwise: AlignTraining = field(default_factory=AlignTraining)
+
+
+@dataclass
+class GenerationConfig:
+    """How responses are sampled; the temperature also divides the logits of every log-prob."""
+
+    name: str = MISSING
+    temperature: float = setting(gt=0)
+    top_p: float = setting(gt=0, le=1)
+    sampler: str = setting(choices=["auto", "lean", "generate"], identity=False)
+
+
+@dataclass
+class TrackerConfig:
+    """Where curves, tables and figures go besides the run folder."""
+
+    name: str = setting(choices=["wandb", "tensorboard", "none"])
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    tags: list[str] = MISSING
+
+
+@dataclass
+class CommandConfig:
+    """What every command has."""
+
+    seed: int = setting(ge=0)
+    run_dir: str | None = setting(identity=False)
+    store_dir: str = setting(identity=False)
+    device: str = setting(choices=["auto", "cpu", "cuda"], identity=False)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata={"identity": False})
+
+
+@dataclass
+class TrainSftConfig(CommandConfig):
+    """`rlhf train-sft`."""
+
+
+@dataclass
+class TrainRmConfig(CommandConfig):
+    """`rlhf train-rm`."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass
+class AlignConfig(TrainRmConfig):
+    """`rlhf align`."""
+
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+@dataclass
+class EvaluateConfig(AlignConfig):
+    """`rlhf evaluate`: `policy` is a run folder, a Hugging Face model folder, or null for the SFT policy."""
+
+    policy: str | None = setting()
+    checkpoint: str = setting(choices=["last", "best"])

@@ -1,0 +1,287 @@
+"""From composed yaml to a typed config: unknown keys, missing values, types, ranges, rules between keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass
+from importlib import import_module
+from math import isfinite
+from operator import attrgetter
+from types import NoneType, UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_cli.config.catalog import Catalog, advice, has_key, nearest
+from rlhf_cli.config.schema import (
+    AlgoConfig,
+    AlignConfig,
+    CommandConfig,
+    DatasetConfig,
+    EvaluateConfig,
+    OnlineAlgoConfig,
+    OnlineTraining,
+    StageTraining,
+    SurveyConfig,
+    TextConfig,
+    TrainRmConfig,
+    TrainSftConfig,
+)
+from rlhf_cli.errors import ConfigError
+
+COMMANDS: dict[str, type[CommandConfig]] = {
+    "train-sft": TrainSftConfig,
+    "train-rm": TrainRmConfig,
+    "align": AlignConfig,
+    "evaluate": EvaluateConfig,
+}
+DATASETS: dict[str, type[DatasetConfig]] = {"survey": SurveyConfig, "hh_rlhf": TextConfig, "preferences": TextConfig}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "gt": (">", lambda value, bound: value > bound),
+    "ge": (">=", lambda value, bound: value >= bound),
+    "lt": ("<", lambda value, bound: value < bound),
+    "le": ("<=", lambda value, bound: value <= bound),
+}
+
+
+def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str]) -> CommandConfig:
+    """Return the typed config of `values`, every rule checked.
+
+    Args:
+        catalog: of the command; for choices and neighbours named in messages.
+        values: the composed config as plain nested dicts, interpolations resolved.
+        where: dotted key -> where it was set, for messages ("on the command line", "in algo/pm.yaml").
+
+    Raises:
+        ConfigError: an unknown key, a key without a value, a wrong type, a value out of range, a broken rule.
+    """
+    command_schema = COMMANDS[catalog.command]
+    blocks: dict[str, type] = {"dataset": _dataset_schema(_block(values, "dataset").get("source"))}
+    if "algo" in {field.name for field in fields(command_schema)}:
+        blocks["algo"] = algo_schema(_block(values, "algo").get("name"), catalog)
+    leaves = {key: (hint, field) for key, hint, field in _leaves(command_schema, blocks)}
+    for key in _flat(values, leaves):
+        if key not in leaves:
+            raise unknown_key(key, catalog, list(leaves), where(key))
+    for key, (_, field) in leaves.items():
+        if (field.default == MISSING and not has_key(values, key)) or (
+            has_key(values, key) and _at(values, key) == MISSING
+        ):
+            raise ConfigError(f"{key} has no value", todo=f"Give one: {key}=VALUE on the command line or in its yaml")
+    schema = OmegaConf.structured(command_schema)
+    for name, block in blocks.items():
+        schema[name] = OmegaConf.structured(block)
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        raise _type_error(key, _at(values, key), leaves[key][0], where(key)) from None
+    for key, (_, field) in leaves.items():
+        check_range(key, attrgetter(key)(cfg), field.metadata, where(key))
+    check_rules(catalog.command, cfg)
+    return cast(CommandConfig, cfg)
+
+
+def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:
+    """Return the `Config` class of rlhf_cli.algos.<name>.
+
+    Raises:
+        ConfigError: there is no such algorithm.
+    """
+    module_name = f"rlhf_cli.algos.{name}"
+    valid = catalog.choices("algo")
+    if name not in valid:
+        raise ConfigError(f"algo.name={name} does not name an algorithm", todo=advice(str(name), valid))
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        raise ConfigError(
+            f"algorithm '{name}' has no module rlhf_cli/algos/{name}.py (or algos/{name}.py under --config-dir)",
+            todo=advice(name, [choice for choice in valid if choice != name]),
+        ) from None
+    schema = getattr(module, "Config", None)
+    if not (isinstance(schema, type) and issubclass(schema, AlgoConfig)):
+        raise ConfigError(
+            f"algorithm '{name}' has no Config class in {module.__file__}",
+            todo="Define `@dataclass class Config(AlgoConfig)` there, one field a key of its yaml",
+        )
+    return schema
+
+
+def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> ConfigError:
+    """Return the refusal of a key that does not exist, with the nearest that does."""
+    group = key.partition(".")[0]
+    members = [leaf for leaf in valid if leaf.startswith(f"{key}.")]
+    if members:
+        return ConfigError(
+            f"{key} (set {where}) is a block of keys, not a value", todo=f"Set one of them: {members[0]}=VALUE"
+        )
+    if group in catalog.groups or group == "experiment":
+        others = catalog.choices_with(key)
+        if others:
+            return ConfigError(f"{key} (set {where}) is not a key here", f"It is a key of {', '.join(others)}")
+    else:
+        homes = [name for name, schema in COMMANDS.items() if group in {field.name for field in fields(schema)}]
+        if homes:
+            return ConfigError(
+                f"{key} (set {where}) is not a key of {catalog.command}", f"It belongs to {', '.join(homes)}"
+            )
+    close = nearest(key, [*valid, *catalog.groups])
+    todo = f"The nearest valid key is {close}" if close else f"`rlhf {catalog.command} --cfg job` lists every key"
+    return ConfigError(f"unknown key {key} (set {where})", todo=todo)
+
+
+def _dataset_schema(source: Any) -> type[DatasetConfig]:
+    if source not in DATASETS:
+        raise ConfigError(f"dataset.source={source} is not a source", todo=advice(str(source), list(DATASETS)))
+    return DATASETS[source]
+
+
+def _block(values: dict[str, Any], name: str) -> dict[str, Any]:
+    block = values.get(name)
+    return block if isinstance(block, dict) else {}
+
+
+def _leaves(schema: type, blocks: Mapping[str, type], prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yield (dotted key, type, field) of every value in a schema; `blocks` replaces top-level types by subclasses."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        key, hint = prefix + field.name, blocks.get(prefix + field.name, hints[field.name])
+        if is_dataclass(hint):
+            yield from _leaves(cast(type, hint), blocks, f"{key}.")
+        else:
+            yield key, hint, field
+
+
+def _flat(values: dict[str, Any], leaves: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of nested dicts, stopping at keys the schema knows as values."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in leaves:
+            yield from _flat(value, leaves, f"{key}.")
+        else:
+            yield key
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _type_error(key: str, value: Any, hint: Any, where: str) -> ConfigError:
+    return ConfigError(f"{key}={_shown(value)} (set {where}) has the wrong type", f"It must be {_described(hint)}")
+
+
+def _described(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_described(part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list of texts: [a,b]"
+    return TYPE_NAMES.get(hint, str(hint))
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_range(key: str, value: Any, metadata: Mapping[str, Any], where: str) -> None:
+    """Refuse a value outside the range of its field; null is never compared.
+
+    Raises:
+        ConfigError: out of range, not finite, or not one of the choices.
+    """
+    if value is None:
+        return
+    if isinstance(value, float) and not isfinite(value):
+        raise ConfigError(f"{key}={value} (set {where}) is not a finite number")
+    limits = [(BOUNDS[name], bound) for name, bound in metadata.items() if name in BOUNDS]
+    if any(not holds(value, bound) for (_, holds), bound in limits):
+        rule = " and ".join(f"{sign} {bound:g}" for (sign, _), bound in limits)
+        raise ConfigError(f"{key}={value} (set {where}) is out of range", f"It must be {rule}")
+    choices = metadata.get("choices")
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{key}={value} (set {where}) is not a choice", todo=advice(str(value), list(choices)))
+
+
+def check_rules(command: str, cfg: Any) -> None:
+    """Refuse values that are valid alone and not together.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    for stage in ("sft", "rm", "online", "pairwise"):
+        _check_stage(f"trainer.{stage}", getattr(cfg.trainer, stage))
+    if cfg.model.hidden_size % cfg.model.heads:
+        raise ConfigError(
+            f"model.hidden_size={cfg.model.hidden_size} is not divisible by model.heads={cfg.model.heads}",
+            "Every head has the same width",
+        )
+    _check_dataset(cfg.dataset)
+    if hasattr(cfg, "reward") and cfg.reward.name == "gold":
+        _check_gold(command, cfg.dataset)
+    if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
+        _check_online(cfg.algo, cfg.trainer.online)
+
+
+def _check_stage(key: str, stage: StageTraining) -> None:
+    if (stage.max_steps is None) == (stage.epochs is None):
+        both = "both set" if stage.epochs is not None else "both null"
+        raise ConfigError(
+            f"{key}.max_steps and {key}.epochs are {both}",
+            "Exactly one of them says how long to train",
+            f"Set one and the other to null: {key}.max_steps=null {key}.epochs=1",
+        )
+    if stage.micro_batch_size is not None and stage.batch_size % stage.micro_batch_size:
+        raise ConfigError(
+            f"{key}.batch_size={stage.batch_size} is not divisible by {key}.micro_batch_size={stage.micro_batch_size}"
+        )
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    if not isinstance(dataset, TextConfig):
+        return
+    if dataset.path is None:
+        raise ConfigError(
+            f"dataset.path is null, and dataset={dataset.source} reads a file",
+            todo="Name it: dataset.path=FILE.jsonl or FILE.jsonl.gz",
+        )
+    if dataset.sft_fraction + dataset.rm_fraction >= 1:
+        raise ConfigError(
+            f"dataset.sft_fraction={dataset.sft_fraction} + dataset.rm_fraction={dataset.rm_fraction} is 1 or more",
+            "The rest of the training prompts is for alignment",
+        )
+
+
+def _check_gold(command: str, dataset: DatasetConfig) -> None:
+    if command == "train-rm":
+        raise ConfigError(
+            "train-rm reward=gold trains nothing",
+            "The gold reward is known exactly",
+            "Use reward=bt, or align reward=gold",
+        )
+    if not isinstance(dataset, SurveyConfig):
+        raise ConfigError(
+            f"reward=gold needs dataset=survey, not {dataset.source}",
+            "Only there the true reward is known",
+            "Use reward=bt",
+        )
+
+
+def _check_online(algo: OnlineAlgoConfig, online: OnlineTraining) -> None:
+    if algo.advantage == "rloo" and algo.num_generations < 2:
+        raise ConfigError(
+            "algo.advantage=rloo needs algo.num_generations >= 2",
+            "Each response is compared with the others of its prompt",
+        )
+    rollouts = online.batch_size * algo.minibatches
+    if rollouts % algo.num_generations:
+        raise ConfigError(
+            f"trainer.online.batch_size={online.batch_size} x algo.minibatches={algo.minibatches} = {rollouts} "
+            f"rollouts is not divisible by algo.num_generations={algo.num_generations}",
+            "Every prompt of a batch gets all its responses",
+        )

@@ -1,0 +1,183 @@
+"""From text rows to token ids: beginning- and end-of-sequence tokens, the context limits, and what they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TypedDict
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_cli.config.schema import DatasetConfig
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData
+from rlhf_cli.errors import DataError
+
+CHUNK = 2_000  # texts per tokenizer call
+PROGRESS_FROM = 20_000  # texts; below, tokenisation takes about a second
+
+
+class PairTokens(TypedDict):
+    """A preference pair as token ids; responses without the prompt, EOS included unless truncated."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class DemonstrationTokens(TypedDict):
+    """A demonstration as token ids; the completion without the prompt, EOS included unless truncated."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the ids of a prompt, after BOS if the tokenizer has one."""
+    return _encode_prompts(tokenizer, [prompt])[prompt]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, max_tokens: int | None = None) -> list[int]:
+    """Return the ids of a response with one space before it, EOS at its end; cut to max_tokens it has no EOS.
+
+    Args:
+        max_tokens: the longest result in tokens, EOS included; None: no limit.
+    """
+    return _encode_responses(tokenizer, [response], max_tokens)[response]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of a response up to its EOS: what `encode_response` would encode.
+
+    Other special tokens stay visible: an <unk> dropped from a sampled response would turn it into a valid answer.
+    """
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return str(tokenizer.decode(ids)).strip()
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> list[PairTokens]:
+    """Return the pairs as token ids. Equal texts share one list: copy before changing it."""
+    prompts = _encode_prompts(tokenizer, (pair.prompt for pair in pairs))
+    texts = (text for pair in pairs for text in (pair.chosen, pair.rejected))
+    responses = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
+    return [
+        PairTokens(
+            prompt_ids=prompts[pair.prompt], chosen_ids=responses[pair.chosen], rejected_ids=responses[pair.rejected]
+        )
+        for pair in pairs
+    ]
+
+
+def encode_demonstrations(
+    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig
+) -> list[DemonstrationTokens]:
+    """Return the demonstrations as token ids. Equal texts share one list: copy before changing it."""
+    prompts = _encode_prompts(tokenizer, (row.prompt for row in demonstrations))
+    responses = _encode_responses(tokenizer, (row.response for row in demonstrations), cfg.max_completion_tokens)
+    return [
+        DemonstrationTokens(prompt_ids=prompts[row.prompt], completion_ids=responses[row.response])
+        for row in demonstrations
+    ]
+
+
+def fit_to_context(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> PreferenceData:
+    """Return the rows that fit the context; `dropped` gains, counted in rows, or responses for the second:
+
+    - prompt_too_long: prompt over max_prompt_tokens (BOS included); left out, never cut.
+    - response_truncated: response over max_completion_tokens (EOS included); kept, cut when it is encoded.
+    - equal_after_truncation: pairs whose cut responses no longer differ; left out.
+
+    Raises:
+        DataError: no row of some split fits, or an enumerable answer does not.
+    """
+    encoded = _encode_prompts(tokenizer, _prompts(data))
+    fitting = {prompt for prompt, ids in encoded.items() if len(ids) <= cfg.max_prompt_tokens}
+    demonstrations = [row for row in data.demonstrations if row.prompt in fitting]
+    # One list may serve two uses (the survey's pairs do): keyed by identity, its rows are counted once.
+    given = {id(rows): rows for rows in (data.reward_pairs, data.policy_pairs, data.heldout_pairs)}
+    short = {key: [pair for pair in rows if pair.prompt in fitting] for key, rows in given.items()}
+
+    texts = [row.response for row in demonstrations]
+    texts += [text for rows in short.values() for pair in rows for text in (pair.chosen, pair.rejected)]
+    ids = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
+    kept = {key: [pair for pair in rows if ids[pair.chosen] != ids[pair.rejected]] for key, rows in short.items()}
+    counts = {
+        "prompt_too_long": len(data.demonstrations) - len(demonstrations) + _count(given) - _count(short),
+        "response_truncated": sum(ids[text][-1] != tokenizer.eos_token_id for text in texts),
+        "equal_after_truncation": _count(short) - _count(kept),
+    }
+    result = replace(
+        data,
+        demonstrations=demonstrations,
+        reward_pairs=kept[id(data.reward_pairs)],
+        policy_pairs=kept[id(data.policy_pairs)],
+        heldout_pairs=kept[id(data.heldout_pairs)],
+        prompts=[prompt for prompt in data.prompts if prompt in fitting],
+        questions=[question for question in data.questions if question.prompt in fitting],
+        dropped=data.dropped | {reason: count for reason, count in counts.items() if count},
+    )
+    _check_splits(data, result, cfg)
+    _check_answers(result, tokenizer, cfg)
+    return result
+
+
+def _count(lists: dict[int, list[Pair]]) -> int:
+    return sum(map(len, lists.values()))
+
+
+def _prompts(data: PreferenceData) -> Iterable[str]:
+    yield from (row.prompt for row in data.demonstrations)
+    for pairs in (data.reward_pairs, data.policy_pairs, data.heldout_pairs):
+        yield from (pair.prompt for pair in pairs)
+    yield from data.prompts
+    yield from (question.prompt for question in data.questions)
+
+
+def _check_splits(before: PreferenceData, after: PreferenceData, cfg: DatasetConfig) -> None:
+    for name in ("demonstrations", "reward_pairs", "policy_pairs", "prompts", "heldout_pairs", "questions"):
+        if getattr(before, name) and not getattr(after, name):
+            raise DataError(
+                f"none of the {len(getattr(before, name))} {name.replace('_', ' ')} fits the context",
+                f"dataset.max_prompt_tokens={cfg.max_prompt_tokens}, "
+                f"dataset.max_completion_tokens={cfg.max_completion_tokens}",
+                "raise them, or give shorter prompts",
+            )
+
+
+def _check_answers(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> None:
+    # A policy that cannot reach an answer can never match its share.
+    answers = _encode_responses(tokenizer, (text for question in data.questions for text in question.answers), None)
+    longest = max(answers, key=lambda text: len(answers[text]), default=None)
+    if longest is not None and len(answers[longest]) > cfg.max_completion_tokens:
+        need = len(answers[longest])
+        raise DataError(
+            f"dataset.max_completion_tokens={cfg.max_completion_tokens} is too small",
+            f"the answer {longest!r} has {need} tokens, end-of-sequence included",
+            f"set dataset.max_completion_tokens={need} or more",
+        )
+
+
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> dict[str, list[int]]:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    unique = list(dict.fromkeys(prompts))
+    return {text: start + ids for text, ids in zip(unique, _token_ids(tokenizer, unique), strict=True)}
+
+
+def _encode_responses(
+    tokenizer: PreTrainedTokenizerBase, responses: Iterable[str], max_tokens: int | None
+) -> dict[str, list[int]]:
+    unique = list(dict.fromkeys(responses))
+    encoded = _token_ids(tokenizer, [f" {text.strip()}" for text in unique])
+    return {text: [*ids, tokenizer.eos_token_id][:max_tokens] for text, ids in zip(unique, encoded, strict=True)}
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = []
+    with tqdm(total=len(texts), desc="tokenising", unit="text", disable=len(texts) <= PROGRESS_FROM) as bar:
+        for start in range(0, len(texts), CHUNK):
+            chunk = list(texts[start : start + CHUNK])
+            ids += tokenizer(chunk, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            bar.update(len(chunk))
+    return ids

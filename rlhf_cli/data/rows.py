@@ -1,0 +1,71 @@
+"""The rows every source delivers and every stage reads: plain text, checked, split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the response a writer gave: SFT data."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with a preferred and a less preferred response."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose valid responses can be enumerated, so that policies are measured exactly.
+
+    Args:
+        prompt: the text the policy sees (one wording of the question).
+        answers: every valid response.
+        people: population share of each answer, sums to 1; None where it is not known.
+        writer: share of each answer in the demonstrations, sums to 1; None where it is not known.
+        index: number of the question; wordings of one question share it.
+        heldout: True for a wording that no stage trains on.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    people: tuple[float, ...] | None = None
+    writer: tuple[float, ...] | None = None
+    index: int = 0
+    heldout: bool = False
+
+
+@dataclass
+class PreferenceData:
+    """All a dataset offers, already split.
+
+    Args:
+        demonstrations: for SFT.
+        reward_pairs: for the reward model.
+        policy_pairs: for pairwise algorithms (dpo, rpo, dpm).
+        prompts: for on-policy algorithms.
+        heldout_pairs: never trained on; metrics only.
+        questions: enumerable prompts; empty on free text.
+        gold: the world's own reward of (prompt, response), nats; None where it is not known.
+        word_level: True: one token a word; False: byte-level BPE trained on this text.
+        dropped: how many rows were left out, by reason.
+    """
+
+    demonstrations: list[Demonstration]
+    reward_pairs: list[Pair]
+    policy_pairs: list[Pair]
+    prompts: list[str]
+    heldout_pairs: list[Pair]
+    questions: list[Question] = field(default_factory=list)
+    gold: Callable[[str, str], float] | None = None
+    word_level: bool = False
+    dropped: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,164 @@
+"""The survey world: opinion questions whose answers, population shares and gold rewards are known exactly.
+
+Everything the theory speaks of is exact here: the response set Y of a prompt, the people's distribution
+softmax(gold), the reference's habits, every closed-form optimum and every distance (architecture: embedded default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+import yaml
+
+from rlhf_cli.config.schema import SurveyConfig
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Question
+from rlhf_cli.errors import ConfigError
+
+MIN_ANSWERS, MAX_ANSWERS = 4, 8
+PEOPLE_MAJORITY = (0.38, 0.55)  # share of the most popular answer
+PEOPLE_MINORITY = (0.02, 0.04)  # share of the rarest answer
+WRITER_HABIT = (0.35, 0.5)  # how often the writer gives the answer they are used to
+WRITER_FLOOR = 0.06  # the writer's rarest answer: above alpha, so that preference matching can match it
+SEVERAL_EVERY = 2  # every second question has several wordings
+TRAINED_WORDINGS = 3  # of such a question; one more is held out of all training
+
+
+@dataclass(frozen=True)
+class SurveyWorld:
+    """The questions of one world: every wording of every question is one `Question` row."""
+
+    questions: tuple[Question, ...]
+    gold_offset_reward: float
+
+    def gold(self, prompt: str, response: str) -> float:
+        """Return the gold reward, nats: log share of a valid answer, else `gold_offset_reward`."""
+        return self._rewards().get((prompt, " ".join(response.split())), self.gold_offset_reward)
+
+    def _rewards(self) -> dict[tuple[str, str], float]:
+        return _gold_table(self)
+
+
+@cache
+def _gold_table(world: SurveyWorld) -> dict[tuple[str, str], float]:
+    return {
+        (question.prompt, answer): float(np.log(share))
+        for question in world.questions
+        for answer, share in zip(question.answers, question.people or (), strict=True)
+    }
+
+
+@cache
+def question_bank() -> dict[str, list]:
+    """Return the bank: `templates` of wordings and `topics` with 8 answers each."""
+    return yaml.safe_load((files("rlhf_cli.data") / "survey_bank.yaml").read_text(encoding="utf-8"))
+
+
+def make_world(cfg: SurveyConfig) -> SurveyWorld:
+    """Return the world of `cfg.seed`: the same seed gives the same world on every machine.
+
+    Raises:
+        ConfigError: more questions are asked for than the bank holds.
+    """
+    bank = question_bank()
+    if cfg.questions > len(bank["topics"]):
+        raise ConfigError(
+            f"dataset.questions is {cfg.questions}",
+            f"the question bank holds {len(bank['topics'])} topics",
+            f"give a number from 1 to {len(bank['topics'])}",
+        )
+    rng = np.random.default_rng([cfg.seed, 7])
+    rows: list[Question] = []
+    for index, topic in enumerate(bank["topics"][: cfg.questions]):
+        count = int(rng.integers(MIN_ANSWERS, MAX_ANSWERS + 1))
+        answers = tuple(topic["answers"][i] for i in sorted(rng.permutation(MAX_ANSWERS)[:count]))
+        people = _people_shares(rng, count)
+        writer = _writer_shares(rng, people)
+        templates = [bank["templates"][i] for i in rng.permutation(len(bank["templates"]))]
+        several = index % SEVERAL_EVERY == 1
+        wordings = [(template, number == TRAINED_WORDINGS) for number, template in enumerate(templates)]
+        wordings = wordings[: TRAINED_WORDINGS + 1] if several else wordings[:1]
+        rows += [
+            Question(template.format(topic=topic["topic"]), answers, people, writer, index, heldout)
+            for template, heldout in wordings
+        ]
+    return SurveyWorld(tuple(rows), float(cfg.gold_offset_reward))
+
+
+def _people_shares(rng: np.random.Generator, count: int) -> tuple[float, ...]:
+    """Return shares with one clear majority, a rarest answer of 2-4 % and the rest between, in random order."""
+    majority, rarest = rng.uniform(*PEOPLE_MAJORITY), rng.uniform(*PEOPLE_MINORITY)
+    middle = rng.dirichlet(np.full(count - 2, 3.0)) * (1 - majority - rarest - 0.04 * (count - 2)) + 0.04
+    shares = np.array([majority, *np.minimum(middle, 0.8 * majority), rarest])
+    shares /= shares.sum()
+    return tuple(float(share) for share in rng.permutation(shares))
+
+
+def _writer_shares(rng: np.random.Generator, people: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the writer's habits: the favourite is an answer most people do not prefer, none is below the floor."""
+    count = len(people)
+    favourite = int(rng.choice(np.argsort(people)[: count // 2]))
+    habit = rng.uniform(*WRITER_HABIT)
+    rest = rng.dirichlet(np.full(count - 1, 2.0)) * (1 - habit - WRITER_FLOOR * (count - 1)) + WRITER_FLOOR
+    return tuple(float(share) for share in np.insert(rest, favourite, habit))
+
+
+def load_survey(cfg: SurveyConfig) -> PreferenceData:
+    """Return the data of the world: demonstrations by the writer, pairs from Bradley-Terry with the gold reward."""
+    world = make_world(cfg)
+    rng = np.random.default_rng([cfg.seed, 11])
+    trained = [question for question in world.questions if not question.heldout]
+    pairs = _draw_pairs(rng, trained, cfg.pairs)
+    return PreferenceData(
+        demonstrations=_draw_demonstrations(rng, trained, cfg.demonstrations),
+        reward_pairs=pairs,
+        policy_pairs=pairs,
+        prompts=[question.prompt for question in trained],
+        heldout_pairs=_draw_pairs(rng, trained, cfg.heldout_pairs),
+        questions=list(world.questions),
+        gold=world.gold,
+        word_level=True,
+    )
+
+
+def _draw_demonstrations(rng: np.random.Generator, questions: list[Question], count: int) -> list[Demonstration]:
+    rows = []
+    for number in range(count):
+        question = questions[number % len(questions)]
+        answer = question.answers[int(rng.choice(len(question.answers), p=question.writer))]
+        rows.append(Demonstration(question.prompt, answer))
+    return rows
+
+
+def _draw_pairs(rng: np.random.Generator, questions: list[Question], count: int) -> list[Pair]:
+    """Draw two different answers uniformly; the first is preferred with probability sigmoid(gold difference)."""
+    rows = []
+    first, second, luck = rng.random(count), rng.random(count), rng.random(count)
+    for number in range(count):
+        question = questions[number % len(questions)]
+        size = len(question.answers)
+        one = int(first[number] * size)
+        other = (one + 1 + int(second[number] * (size - 1))) % size
+        assert question.people is not None
+        share_one, share_other = question.people[one], question.people[other]
+        wins = luck[number] < share_one / (share_one + share_other)  # sigmoid(log share_one - log share_other)
+        chosen, rejected = (one, other) if wins else (other, one)
+        rows.append(Pair(question.prompt, question.answers[chosen], question.answers[rejected]))
+    return rows
+
+
+def describe_world(world: SurveyWorld) -> str:
+    """Return the world as text: every question with its wordings, answers, people's and writer's shares."""
+    lines: list[str] = []
+    for index in sorted({question.index for question in world.questions}):
+        wordings = [question for question in world.questions if question.index == index]
+        first = wordings[0]
+        lines.append(f"{index + 1}. {first.prompt}")
+        lines += [f"   also: {q.prompt}{'   (held out of training)' if q.heldout else ''}" for q in wordings[1:]]
+        lines.append("   people  writer")
+        shares = zip(first.answers, first.people or (), first.writer or (), strict=True)
+        lines += [f"   {100 * p:5.1f}%  {100 * w:5.1f}%  {a}" for a, p, w in sorted(shares, key=lambda row: -row[1])]
+        lines.append("")
+    return "\n".join(lines)

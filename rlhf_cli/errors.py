@@ -1,0 +1,30 @@
+"""Errors a user can cause: one line (what, why, what to do), exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Printed as one line; the command ends with exit code 2.
+
+    Args:
+        what: what is wrong, naming the key, file or row.
+        why: the rule that is broken (may be empty).
+        todo: what to do about it (may be empty).
+    """
+
+    def __init__(self, what: str, why: str = "", todo: str = "") -> None:
+        self.what, self.why, self.todo = what, why, todo
+        parts = [part.strip().rstrip(".") for part in (what, why, todo) if part]
+        super().__init__(". ".join(" ".join(part.split()) for part in parts) + ".")
+
+
+class ConfigError(UserError):
+    """The configuration is not valid: an unknown key, a value out of range, a choice that does not exist."""
+
+
+class DataError(UserError):
+    """The data cannot be used: a missing or empty file, a row without its columns, too few prompts."""
+
+
+class RunError(UserError):
+    """The run cannot go on: an unwritable folder, a folder of another run, a reward that is not finite."""

@@ -1,0 +1,206 @@
+"""Every metric key, defined once: its unit, what it says in one sentence, and which direction is better.
+
+Keys are families (`pm/`, `gold/` … share their distances) plus plain keys. A key may carry prefixes that say for whom
+or where it was measured (`heldout/`, `reference/`, `best/`) and suffixes (`_max`, `/lo`, `/hi`, `/n`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Direction = Literal["lower", "higher", "none"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric key means.
+
+    Args:
+        unit: of the number ("" for a pure number).
+        meaning: one sentence, without the final full stop.
+        better: the direction of improvement; "none" where neither is better in itself.
+    """
+
+    unit: str
+    meaning: str
+    better: Direction
+
+
+# The distribution each family of distances measures the policy against.
+TARGETS = {
+    "pm": "the reward model's preferences",
+    "pm_beta": "the preferences tempered by beta",
+    "gold": "the people's shares",
+    "optimum": "the algorithm's own optimum",
+}
+
+PREFIXES = {
+    "heldout/": "on wordings that no stage trained on",
+    "reference/": "of the reference (SFT) policy",
+    "best/": "of the best checkpoint",
+}
+
+SUFFIXES = {
+    "/lo": "lower end of the bootstrap 95 % interval over prompts",
+    "/hi": "upper end of the bootstrap 95 % interval over prompts",
+    "/n": "how many samples it rests on",
+    "_max": "worst prompt",
+}
+
+
+def _distances(family: str, target: str) -> dict[str, Metric]:
+    """Return the metrics that compare the policy with one target distribution."""
+    return {
+        f"{family}/tv": Metric("share", f"Total variation from {target}", "lower"),
+        f"{family}/kl_rm_policy": Metric("nats", f"Forward KL from {target}; harsh on lost answers", "lower"),
+        f"{family}/kl_policy_rm": Metric("nats", f"Reverse KL from {target}, on the answer set", "lower"),
+        f"{family}/minority_mass": Metric(
+            "share", "Policy mass on all answers but the favourite, see its target", "none"
+        ),
+        f"{family}/minority_mass_target": Metric(
+            "share", f"Mass of all answers but the favourite under {target}", "none"
+        ),
+        f"{family}/divergence": Metric(
+            "nats^2",
+            f"Mean squared gap of reward and log-prob differences, against {target}; zero after collapse too",
+            "lower",
+        ),
+    }
+
+
+GLOSSARY: dict[str, Metric] = {
+    **{key: metric for family, target in TARGETS.items() for key, metric in _distances(family, target).items()},
+    "pm/offset_mass": Metric("share", "Policy mass on text that is not a valid answer", "lower"),
+    "pm/pair_tv": Metric(
+        "share",
+        "Mean gap of reward model and policy in preference probability on held-out pairs; saturates on long text",
+        "lower",
+    ),
+    "pm/pair_ece": Metric(
+        "share", "Expected calibration error of the policy's preference probability on pairs", "lower"
+    ),
+    "pm/pair_length_difference": Metric("tokens", "Mean length difference of the two responses of a pair", "none"),
+    "optimum/kl": Metric(
+        "nats", "KL(optimum || policy): divergence from the algorithm's own closed-form optimum", "lower"
+    ),
+    "optimum/offset_bound": Metric(
+        "share", "Estimated mass that the open-vocabulary optimum itself puts off the answer set", "none"
+    ),
+    "optimum/divergence": Metric(
+        "nats^2", "pm/divergence with the effective reference subtracted: the conditional form", "lower"
+    ),
+    # Responses
+    "reward/mean": Metric("nats", "Mean reward, centred on chosen responses and clipped", "higher"),
+    "reward/std": Metric("nats", "Standard deviation of the reward over responses", "none"),
+    "reward/clip_fraction": Metric("share", "Responses whose reward was clipped", "lower"),
+    "score/mean": Metric("nats", "Mean raw score of the reward model, before centring and clipping", "none"),
+    "kl/per_token": Metric(
+        "nats/token", "Exact KL(policy || reference) over the vocabulary, mean over response tokens", "none"
+    ),
+    "kl/sequence": Metric("nats", "KL(policy || reference) summed over a response", "none"),
+    "entropy/per_token": Metric("nats/token", "Exact entropy over the vocabulary, mean over response tokens", "none"),
+    "length/mean": Metric("tokens", "Mean response length, end-of-sequence included", "none"),
+    "eos_rate": Metric("share", "Responses that end by themselves within the token limit", "higher"),
+    "distinct_1": Metric("share", "Distinct words among all words of the responses", "none"),
+    "distinct_2": Metric("share", "Distinct word pairs among all word pairs of the responses", "none"),
+    "self_bleu": Metric("", "Mean BLEU of a response against the others to its prompt: high is repetitive", "lower"),
+    "perplexity/chosen": Metric("", "Perplexity per token of held-out chosen responses", "lower"),
+    "reward_length_correlation": Metric(
+        "", "Correlation of reward and response length: far from 0 hints at reward hacking", "none"
+    ),
+    "win_rate/sft": Metric(
+        "share", "Prompts whose response the reward prefers to the SFT policy's; ties count half", "higher"
+    ),
+    "gold/reward": Metric("nats", "Mean gold reward of responses", "higher"),
+    "reference/mass_near_alpha": Metric(
+        "share", "Response tokens whose reference probability is within a factor of two of alpha", "lower"
+    ),
+    # On-policy training
+    "loss": Metric("", "The training loss", "lower"),
+    "policy_loss": Metric("", "Clipped policy-gradient loss", "none"),
+    "value_loss": Metric("nats^2", "Clipped squared error of the critic, times one half", "lower"),
+    "explained_variance": Metric(
+        "share", "Variance of the returns that the critic explains; below 0 it is worse than none", "higher"
+    ),
+    "clip_fraction": Metric("share", "Tokens whose probability ratio was clipped", "none"),
+    "value_clip_fraction": Metric("share", "Tokens whose value was clipped", "none"),
+    "cost/sequence": Metric(
+        "nats", "The regulariser's cost of a response: log policy minus effective reference, summed", "none"
+    ),
+    "beta": Metric("", "Weight of the cost in force", "none"),
+    "advantage/mean": Metric("nats", "Mean advantage of response tokens", "none"),
+    "advantage/std": Metric("nats", "Standard deviation of the advantage", "none"),
+    "ratio/mean": Metric("", "Mean probability ratio of the new to the sampling policy; near 1 when healthy", "none"),
+    "ratio/max": Metric("", "Largest probability ratio of the new to the sampling policy", "none"),
+    "learning_rate": Metric("", "Learning rate in force", "none"),
+    "critic_learning_rate": Metric("", "Learning rate of the critic in force", "none"),
+    "grad_norm": Metric("", "Norm of the gradient before clipping", "none"),
+    # Pairwise training
+    "dpo_loss": Metric("nats", "The DPO part of the loss", "lower"),
+    "sft_term": Metric("nats", "The SFT term of the loss, before its weight", "lower"),
+    "accuracy": Metric("share", "Pairs whose chosen response has the larger implicit reward", "higher"),
+    "margin": Metric("nats", "Mean implicit reward of chosen minus rejected", "higher"),
+    "chosen_logps": Metric("nats", "Mean log-prob of chosen responses under the policy", "higher"),
+    "rejected_logps": Metric("nats", "Mean log-prob of rejected responses under the policy", "none"),
+    "chosen_logps_change": Metric(
+        "nats", "Mean log-prob of chosen responses under policy minus reference; falls in plain DPO", "higher"
+    ),
+    # Earlier stages
+    "sft/loss": Metric(
+        "nats/token", "Cross-entropy of held-out or training demonstrations under the SFT policy", "lower"
+    ),
+    "sft/offset_mass": Metric("share", "Mass of the SFT policy on text that is not a valid answer", "lower"),
+    "rm/loss": Metric("nats", "Bradley-Terry loss of the reward model", "lower"),
+    "rm/accuracy": Metric("share", "Pairs that the reward model orders as people did", "higher"),
+    "rm/negative_accuracy": Metric(
+        "share", "Damaged responses that the reward model scores below the intact one", "higher"
+    ),
+    # Bookkeeping
+    "step": Metric("steps", "Optimizer step", "none"),
+    "epoch": Metric("passes", "Passes over the data", "none"),
+    "seconds": Metric("s", "Wall-clock time", "none"),
+}
+
+
+def known(key: str) -> bool:
+    """Return whether a metric key, with any of its prefixes and suffixes, is defined."""
+    return _split(key) is not None
+
+
+def describe(key: str) -> Metric:
+    """Return what a metric key means; prefixes and suffixes are put into words.
+
+    Raises:
+        ValueError: the key is not defined.
+    """
+    found = _split(key)
+    if found is None:
+        near = difflib.get_close_matches(key, GLOSSARY, n=1)
+        raise ValueError(f"Unknown metric key {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    base, notes, suffixes = found
+    metric = GLOSSARY[base]
+    if notes:
+        metric = replace(metric, meaning=f"{metric.meaning} ({', '.join(notes)})")
+    # A count has no better direction, and is not in the metric's unit.
+    return replace(metric, unit="samples", better="none") if "/n" in suffixes else metric
+
+
+def _split(key: str) -> tuple[str, list[str], list[str]] | None:
+    """Return (defined key, notes in words, suffixes), or None where the key is not defined."""
+    notes: list[str] = []
+    suffixes: list[str] = []
+    for group in (("/lo", "/hi", "/n"), ("_max",)):
+        suffix = next((suffix for suffix in group if key.endswith(suffix)), None)
+        if suffix is not None:
+            key = key.removesuffix(suffix)
+            notes.append(SUFFIXES[suffix])
+            suffixes.append(suffix)
+    while key not in GLOSSARY:
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
+        if prefix is None:
+            return None
+        key = key.removeprefix(prefix)
+        notes.append(PREFIXES[prefix])
+    return key, notes, suffixes

@@ -1,0 +1,76 @@
+"""The policy: made locally from a config, or loaded from a folder in Hugging Face layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+
+from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.errors import RunError
+
+
+def make_policy(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> Any:
+    """Return a freshly initialised OPT of the sizes in `cfg`, without dropout.
+
+    Dropout is 0 in the model config: OPT's is functional, so switching modules off would leave it on.
+
+    Args:
+        cfg: sizes.
+        tokenizer: gives the vocabulary and the special tokens.
+        max_positions: longest prompt + response, tokens.
+    """
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden_size,
+        word_embed_proj_dim=cfg.hidden_size,
+        ffn_dim=cfg.ffn_size,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        max_position_embeddings=max_positions,
+        init_std=cfg.init_std,
+        dropout=0.0,
+        attention_dropout=0.0,
+        layerdrop=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return OPTForCausalLM(config)
+
+
+def load_policy(path: Path | str, device: str = "cpu") -> Any:
+    """Return the causal language model in `path`, dropout off, in float32.
+
+    Raises:
+        RunError: the folder holds no model that transformers can open.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    except (OSError, ValueError) as error:
+        raise RunError(f"no policy could be opened in {path}", str(error).splitlines()[0]) from error
+    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.0)
+    return cast(Any, model).to(device)
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in `path`, with a padding token that differs from end-of-sequence.
+
+    Raises:
+        RunError: the folder holds no tokenizer that transformers can open.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"no tokenizer could be opened in {path}", str(error).splitlines()[0]) from error
+
+
+def freeze(model: Any) -> Any:
+    """Return `model` in evaluation mode with no gradients."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model

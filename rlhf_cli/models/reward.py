@@ -1,0 +1,147 @@
+"""Reward model and critic: a sequence classifier with one output, read at the last token or at every token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_cli.errors import RunError
+from rlhf_cli.models.tokens import TokenBatch, collate
+
+CENTRE_FILE = "reward.json"
+
+
+def new_reward_model(policy_path: Path | str, *, init_std: float) -> Any:
+    """Return a reward model with the body of the policy in `policy_path` and a fresh head."""
+    model = AutoModelForSequenceClassification.from_pretrained(policy_path, num_labels=1, dtype="float32")
+    nn.init.normal_(model.score.weight, std=init_std)
+    return model
+
+
+def load_reward_model(path: Path | str, device: str = "cpu") -> Any:
+    """Return the reward model in `path`."""
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32").to(device)
+
+
+def save_centre(path: Path, centre: float) -> None:
+    """Store the mean score of the chosen training responses, on which rewards are centred (math.md §6)."""
+    (path / CENTRE_FILE).write_text(json.dumps({"chosen_mean_score": centre}), encoding="utf-8")
+
+
+def load_centre(path: Path) -> float:
+    """Return what `save_centre` stored."""
+    return float(json.loads((path / CENTRE_FILE).read_text(encoding="utf-8"))["chosen_mean_score"])
+
+
+def token_values(model: Any, batch: TokenBatch) -> Tensor:
+    """Return the head's output at every position of the sequences, (B, P + T)."""
+    body = getattr(model, model.base_model_prefix)
+    hidden = body(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+    ).last_hidden_state
+    return model.score(hidden).squeeze(-1)
+
+
+def sequence_scores(model: Any, batch: TokenBatch) -> Tensor:
+    """Return the raw score of each response, read at its last token, (B,)."""
+    values = token_values(model, batch)
+    positions = torch.arange(values.shape[1], device=values.device)
+    last = (positions * batch.attention_mask).amax(-1, keepdim=True)
+    return values.gather(-1, last).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """State values before each response token, from a copy of the reward model (official PM code).
+
+    The head is read one position early: the value before token t sees the prompt and y_<t.
+    """
+
+    def __init__(self, reward_model: Any) -> None:
+        super().__init__()
+        self.model = reward_model
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Return V(x, y_<t) for each response token, (B, T)."""
+        length = batch.response_ids.shape[1]
+        return token_values(self.model, batch)[:, -length - 1 : -1]
+
+
+class Reward(Protocol):
+    """What scores responses: (prompt ids, response ids with end-of-sequence) -> centred rewards, nats, (B,)."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor: ...
+
+
+class ModelReward:
+    """The centred score of a reward model that shares the policy's tokenizer.
+
+    Token ids are scored as sampled, end-of-sequence included: text would lose it, and with it the score.
+    """
+
+    def __init__(self, path: Path, pad_id: int, device: str, micro_batch: int = 256) -> None:
+        from rlhf_cli.models.policy import freeze
+
+        self.model = freeze(load_reward_model(path, device))
+        self.centre, self.pad_id, self.device, self.micro_batch = load_centre(path), pad_id, device, micro_batch
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        """Return the centred rewards, (B,).
+
+        Raises:
+            RunError: a reward is not finite.
+        """
+        batch = collate(prompts, responses, self.pad_id, self.device)
+        scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(self.micro_batch)])
+        return require_finite(scores - self.centre)
+
+
+class GoldReward:
+    """The world's own centred reward, looked up by token ids; anything that is not a valid answer is off the set.
+
+    Args:
+        table: {prompt ids: {response ids with end-of-sequence: gold reward}}.
+        centre: mean gold reward of the chosen training responses.
+        offset_reward: gold reward of everything else.
+        device: cpu or cuda.
+    """
+
+    def __init__(
+        self,
+        table: dict[tuple[int, ...], dict[tuple[int, ...], float]],
+        *,
+        centre: float,
+        offset_reward: float,
+        device: str,
+    ) -> None:
+        self.table, self.centre, self.offset_reward, self.device = table, centre, offset_reward, device
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        """Return the centred rewards, (B,)."""
+        found = [
+            self.table.get(tuple(prompt), {}).get(tuple(response), self.offset_reward)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return torch.tensor(found, device=self.device) - self.centre
+
+
+def require_finite(rewards: Tensor) -> Tensor:
+    """Return `rewards` unchanged.
+
+    Raises:
+        RunError: one of them is not finite.
+    """
+    if not bool(torch.isfinite(rewards).all()):
+        count = int((~torch.isfinite(rewards)).sum())
+        raise RunError(
+            f"{count} of {len(rewards)} rewards are not finite",
+            "a policy cannot be trained or measured against them",
+            "train the reward model again with a lower trainer.rm.learning_rate",
+        )
+    return rewards

@@ -1,0 +1,71 @@
+"""Batches of token ids: prompts padded on the left, responses on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts and responses of B sequences.
+
+    Args:
+        input_ids: prompts padded left, then responses padded right, (B, P + T).
+        attention_mask: bool, True on real tokens, (B, P + T).
+        response_ids: the last T columns of input_ids, (B, T).
+        response_mask: bool, True on response tokens (end-of-sequence included), (B, T).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+
+    def slices(self, size: int | None) -> list[TokenBatch]:
+        """Return the batch in pieces of at most `size` sequences (None: one piece)."""
+        size = size or len(self.input_ids)
+        pieces = zip(*(getattr(self, name).split(size) for name in self.__dataclass_fields__), strict=True)
+        return [TokenBatch(*piece) for piece in pieces]
+
+
+def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids (B, P), padded on the left, and their bool mask."""
+    width = max(len(ids) for ids in sequences)
+    padded = [[pad_id] * (width - len(ids)) + list(ids) for ids in sequences]
+    mask = [[False] * (width - len(ids)) + [True] * len(ids) for ids in sequences]
+    return torch.tensor(padded), torch.tensor(mask)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T), padded on the right, and their bool mask."""
+    width = max(len(ids) for ids in sequences)
+    padded = [list(ids) + [pad_id] * (width - len(ids)) for ids in sequences]
+    mask = [[True] * len(ids) + [False] * (width - len(ids)) for ids in sequences]
+    return torch.tensor(padded), torch.tensor(mask)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> TokenBatch:
+    """Return the batch of `prompts` and `responses`, lists of token ids of equal number.
+
+    Raises:
+        ValueError: the numbers differ, or there are none.
+    """
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: they must be equal in number, >= 1.")
+    prompt_ids, prompt_mask = pad_left(prompts, pad_id)
+    response_ids, response_mask = pad_right(responses, pad_id)
+    return TokenBatch(
+        torch.cat([prompt_ids, response_ids], 1).to(device),
+        torch.cat([prompt_mask, response_mask], 1).to(device),
+        response_ids.to(device),
+        response_mask.to(device),
+    )

@@ -1,0 +1,1 @@
+"""One module per reward-model loss: pure mathematics on a batch of scores."""

@@ -1,0 +1,171 @@
+"""`rlhf align`: from preferences to a measured, aligned policy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, TextConfig
+from rlhf_cli.data.encode import encode_pairs, encode_prompt
+from rlhf_cli.models.policy import load_policy
+from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
+from rlhf_cli.report.figures import curves, preference_bars
+from rlhf_cli.run import seed_everything
+from rlhf_cli.stages import provide
+from rlhf_cli.stages.session import Session, copy_model, open_run, require_batch, say, summary
+from rlhf_cli.stages.workspace import Workspace, prepare
+from rlhf_cli.store import read_json, write_json
+from rlhf_cli.trainers.common import Reporter, fit
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ["pm/tv", "pm/kl_rm_policy", "pm/minority_mass", "pm/minority_mass_target", "pm/offset_mass"]
+SHOWN += ["optimum/tv", "gold/tv", "pm/pair_tv", "pm/divergence", "reward/mean", "kl/sequence", "eos_rate"]
+CURVES = ["pm/tv", "pm/minority_mass", "pm/offset_mass"]
+
+
+def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
+    """Provide SFT policy and reward model, align a policy, measure it, and leave everything in the run folder."""
+    with open_run(cfg, "align", cfg.algo.name, overrides, config_dir) as session:
+        if not session.finished:
+            _align(cfg, session)
+        summary(session, SHOWN)
+    return session.directory
+
+
+def _align(cfg: AlignConfig, session: Session) -> None:
+    sft = provide.sft_policy(cfg)
+    rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
+    say(f"reference policy: {sft}" + (f"\nreward model: {rm}" if rm else ""))
+    work = prepare(cfg, sft, rm)
+    for reason, count in work.data.dropped.items():
+        say(f"{count} rows: {reason.replace('_', ' ')}")
+    seed_everything(cfg.seed)
+    policy = load_policy(sft / "model", work.device)
+    trainer = _trainer(work, policy, sft, rm, session.directory / "checkpoints")
+    best = Best(session.directory, work)
+    every = (cfg.trainer.online if work.algorithm.family == "online" else cfg.trainer.pairwise).eval_every_steps
+    follow = _follow(work, policy, best)
+    reporter = Reporter(cfg.algo.name, session.log, rename=_names, evaluate=follow, eval_every_steps=every)
+    fit(trainer, reporter, rewind=session.run.rewind)
+    policy.save_pretrained(session.directory / "model")
+    work.tokenizer.save_pretrained(session.directory / "model")
+    measure(work, policy, session, best.metrics())
+
+
+def measure(work: Workspace, policy: Any, session: Session, more: dict[str, float]) -> None:
+    """Write metrics, completions, distributions and figures of `policy` into the run folder."""
+    metrics, completions = work.final_metrics(policy)
+    dropped = {f"data/dropped/{reason}": count for reason, count in work.data.dropped.items()}
+    session.run.write_completions(completions)
+    if work.exact is not None:
+        rows = work.exact.distributions(policy)
+        write_json(session.directory / "distributions.json", rows)
+        figure = session.directory / "preferences.png"
+        preference_bars(rows, figure, title=f"{work.cfg.algo.name}: people, reward model, reference, policy")
+        session.run.add_figure(figure)
+    _draw_curves(work, session)
+    session.run.write_metrics({**metrics, **more, **dropped})
+
+
+def _draw_curves(work: Workspace, session: Session) -> None:
+    log = session.directory / "training_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    wanted = CURVES if work.exact is not None else ["pm/pair_tv", "reward/mean", "kl/sequence"]
+    keys = [key for key in wanted if any(line.get(key) is not None for line in lines)]
+    if keys:
+        figure = session.directory / "curves.png"
+        curves({work.cfg.algo.name: lines}, figure, keys)
+        session.run.add_figure(figure)
+
+
+class Best:
+    """Keeps the policy with the lowest distance to the preferences so far beside the last one.
+
+    The distance is pm/tv where it is exact, else pm/pair_tv. It survives an interruption.
+    """
+
+    def __init__(self, directory: Path, work: Workspace) -> None:
+        self.directory, self.work = directory, work
+        self.key = "pm/tv" if work.exact is not None else "pm/pair_tv"
+        self.path = directory / "best.json"
+
+    def offer(self, policy: Any, metrics: dict[str, float], step: int) -> None:
+        """Save `policy` if it is better than every earlier one; step 0 is the reference and does not count."""
+        before = read_json(self.path)
+        again = before is not None and before["best/step"] >= step
+        if step == 0 or (before is not None and not again and metrics[self.key] >= before[f"best/{self.key}"]):
+            return
+        partial = self.directory / ".best.new"
+        policy.save_pretrained(partial)
+        self.work.tokenizer.save_pretrained(partial)
+        copy_model(partial, self.directory / "best")
+        kept = {key: value for key, value in metrics.items() if key.startswith(("pm/", "optimum/", "gold/"))}
+        write_json(self.path, {"best/step": step, **{f"best/{key}": value for key, value in kept.items()}})
+
+    def metrics(self) -> dict[str, float]:
+        """Return step and metrics of the best policy."""
+        return {key: float(value) for key, value in (read_json(self.path) or {}).items()}
+
+
+def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[str, float]]:
+    def evaluate(step: int) -> dict[str, float]:
+        metrics = work.metrics_while_training(policy)
+        best.offer(policy, metrics, step)
+        return metrics
+
+    return evaluate
+
+
+def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: Path) -> Any:
+    cfg = work.cfg
+    places: dict[str, Any] = {"folder": folder, "seed": cfg.seed, "device": work.device}
+    if work.algorithm.family == "pairwise":
+        from rlhf_cli.trainers.pairwise import pairwise_trainer
+
+        block = cfg.trainer.pairwise
+        pairs: list[Any] = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
+        require_batch(pairs, block.batch_size, "preference pairs", "trainer.pairwise.batch_size")
+        return pairwise_trainer(
+            work.algorithm, cfg.algo, policy, work.reference, work.tokenizer, pairs, block,
+            temperature=cfg.generation.temperature, tree=work.tree, **places,
+        )  # fmt: skip
+    from rlhf_cli.trainers.online import OnlineParts, online_trainer
+
+    assert isinstance(cfg.algo, OnlineAlgoConfig)
+    parts = OnlineParts(
+        algorithm=work.algorithm,
+        algo=cfg.algo,
+        reward=work.reward,
+        reward_clip=cfg.reward.clip,
+        reference=work.reference,
+        critic=_critic(cfg, sft, rm, work.device) if cfg.algo.advantage == "gae" else None,
+        generation=cfg.generation,
+        tree=work.tree,
+    )
+    if cfg.generation.top_p < 1:
+        logger.warning("generation.top_p=%s: gradients are biased; metrics use top_p=1", cfg.generation.top_p)
+    prompts = [{"prompt": prompt, "prompt_ids": encode_prompt(work.tokenizer, prompt)} for prompt in work.data.prompts]
+    if isinstance(cfg.dataset, TextConfig):
+        per_update = cfg.trainer.online.batch_size * cfg.algo.minibatches // cfg.algo.num_generations
+        require_batch(prompts, per_update, "prompts", "trainer.online.batch_size / algo.num_generations")
+    return online_trainer(
+        parts, policy, work.tokenizer, prompts, cfg.trainer.online,
+        max_completion_tokens=cfg.dataset.max_completion_tokens, **places,
+    )  # fmt: skip
+
+
+def _critic(cfg: AlignConfig, sft: Path, rm: Path | None, device: str) -> Critic:
+    """Return a critic initialised from the reward model; with gold rewards, from the SFT body and a fresh head."""
+    if rm is not None:
+        return Critic(load_reward_model(rm / "model", device))
+    return Critic(new_reward_model(sft / "model", init_std=cfg.model.init_std).to(device))
+
+
+def _names(metrics: dict[str, float]) -> dict[str, float]:
+    """Keep our own metrics and the trainer's basic ones; TRL's duplicates under other names are left out."""
+    skipped = ("completions/", "rewards/", "num_tokens", "step_time", "frac_", "train_", "num_input")
+    return {key: value for key, value in metrics.items() if not key.startswith(skipped)}

@@ -1,0 +1,142 @@
+"""What every trainer shares: arguments from config, checkpoints that are whole or ignored, logging to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from rlhf_cli.config.schema import StageTraining
+from rlhf_cli.errors import RunError
+from rlhf_cli.run import latest_checkpoint, mark_complete
+
+Log = Callable[[dict[str, float], int], None]
+
+
+def resolve_device(device: str) -> str:
+    """Return "cuda" or "cpu" for auto | cpu | cuda.
+
+    Raises:
+        RunError: cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("device is cuda", "PyTorch finds no CUDA GPU here", "use device=cpu or device=auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def training_arguments(block: StageTraining, *, folder: Path, seed: int, device: str) -> dict[str, Any]:
+    """Return the keyword arguments of a TRL config for one stage.
+
+    TRL's own defaults (bf16, gradient checkpointing) fail or slow down on a CPU and are set explicitly.
+    """
+    micro = block.micro_batch_size or block.batch_size
+    length = {"max_steps": block.max_steps} if block.max_steps else {"num_train_epochs": block.epochs}
+    return {
+        **length,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": block.batch_size // micro,
+        "learning_rate": block.learning_rate,
+        "lr_scheduler_type": block.lr_scheduler,
+        "warmup_steps": block.warmup_fraction,
+        "adam_beta2": block.adam_beta2,
+        "weight_decay": block.weight_decay,
+        "max_grad_norm": block.max_grad_norm,
+        "logging_steps": block.log_every_steps,
+        "save_steps": block.save_every_steps,
+        "save_total_limit": 2,
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": device == "cpu",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device != "cpu",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+class WholeCheckpoints:
+    """Mixin: a checkpoint counts once everything in it is written; no model card is written into it."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # type: ignore[arg-type]
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        self.save_extra(folder)
+        mark_complete(folder)
+
+    def save_extra(self, folder: Path) -> None:
+        """Write what the trainer keeps beside policy and optimizer; nothing by default."""
+
+
+class Reporter(TrainerCallback):
+    """Sends curves to the run, shows one progress bar, and calls `evaluate` every `eval_every_steps` steps."""
+
+    def __init__(
+        self,
+        title: str,
+        log: Log,
+        *,
+        rename: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+        eval_every_steps: int = 0,
+    ) -> None:
+        self.title, self.log, self.rename = title, log, rename
+        self.evaluate, self.eval_every_steps = evaluate, eval_every_steps
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=1)
+        if self.evaluate is not None and state.global_step == 0:
+            self.log(self.evaluate(0), 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+        at_eval = self.eval_every_steps and state.global_step % self.eval_every_steps == 0
+        if self.evaluate is not None and (at_eval or state.global_step == state.max_steps):
+            metrics = self.evaluate(state.global_step)
+            self.log(metrics, state.global_step)
+            shown = {key: f"{metrics[key]:.3f}" for key in ("pm/tv", "pm/pair_tv", "pm/offset_mass") if key in metrics}
+            if self.bar is not None:
+                self.bar.set_postfix(shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        skipped = ("epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+        numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, (int, float)) and k not in skipped}
+        if numbers and "train_loss" not in numbers:
+            self.log(self.rename(numbers), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> int:
+    """Train from the last whole checkpoint in the trainer's folder, or from the start; return the steps done.
+
+    Args:
+        trainer: any transformers trainer.
+        reporter: its callback.
+        rewind: called with the step that is gone on from, to drop later log lines.
+
+    Raises:
+        RunError: nothing was trained.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(reporter)
+    checkpoint = latest_checkpoint(Path(trainer.args.output_dir))
+    rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step == 0:
+        raise RunError(
+            f"{reporter.title} trained 0 steps",
+            "there is less data than one batch",
+            "lower the batch size or add data",
+        )
+    return trainer.state.global_step

@@ -1,0 +1,312 @@
+"""On-policy algorithms (pm, kl_ppo): PPO with a critic, or leave-one-out, as a thin layer over TRL's RLOOTrainer.
+
+TRL >= 1.13 has no PPO trainer. Inherited: generation back ends, buffering over minibatches and epochs, checkpoints,
+logging, accelerate. Added: critic, per-token rewards r_T - beta (l_t - e_t), GAE, clipped per-token ratio, clipped
+value loss. The private methods overridden here are named once, in tests/test_trl_contract.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import RLOOConfig, RLOOTrainer
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+
+from rlhf_cli.algos import ppo
+from rlhf_cli.algos.base import Algorithm, masked_sum
+from rlhf_cli.config.schema import GenerationConfig, OnlineAlgoConfig, OnlineTraining
+from rlhf_cli.models import logps
+from rlhf_cli.models.prefix_tree import PrefixTree
+from rlhf_cli.models.reward import Critic, Reward
+from rlhf_cli.models.sampling import sample
+from rlhf_cli.models.tokens import TokenBatch, collate
+from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
+
+CRITIC_FILE = "critic.pt"
+ROLLOUT_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")
+
+
+@dataclass(frozen=True)
+class OnlineParts:
+    """What an on-policy run is made of besides the policy.
+
+    Args:
+        algorithm, algo: the record and its settings.
+        reward: scores token ids, centred, nats.
+        reward_clip: bound on |reward|, or None.
+        reference: frozen causal language model.
+        critic: state values; None with the leave-one-out baseline.
+        generation: how responses are sampled and log-probs read.
+        tree: closed vocabulary, or None.
+    """
+
+    algorithm: Algorithm
+    algo: OnlineAlgoConfig
+    reward: Reward
+    reward_clip: float | None
+    reference: Any
+    critic: Critic | None
+    generation: GenerationConfig
+    tree: PrefixTree | None
+
+
+class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
+    """RLOOTrainer whose rollouts carry per-token advantages and whose loss is PPO's."""
+
+    def __init__(self, parts: OnlineParts, block: OnlineTraining, **kwargs: Any) -> None:
+        super().__init__(reward_funcs=cast(Any, parts.reward), **kwargs)
+        self.parts, self.block = parts, block
+        self.cost_weight = parts.algo.beta  # RLOOTrainer.beta is 0: TRL must not load a reference of its own
+        rows = cast(Dataset, self.train_dataset)
+        self.prompt_ids = dict(zip(rows["prompt"], rows["prompt_ids"], strict=True))
+        self.reference = self.accelerator.prepare_model(parts.reference, evaluation_mode=True)
+        self.critic, self.critic_optimizer = None, None
+        if parts.critic is not None:
+            self.critic = self.accelerator.prepare_model(parts.critic)
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.critic_optimizer = torch.optim.AdamW(
+                self.critic.parameters(), lr=block.critic_learning_rate, betas=betas, weight_decay=block.weight_decay
+            )
+
+    # -- rollouts ---------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
+        return [self.prompt_ids[prompt] for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list, images: Any, multimodal_fields: dict) -> list:
+        generation = self.parts.generation
+        if generation.sampler == "generate" or self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        return sample(
+            self.accelerator.unwrap_model(self.model),
+            prompt_ids,
+            max_new_tokens=cast(int, self.max_completion_length),
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            eos_ids=self.eos_token_ids,
+            pad_id=self._tokenizer.pad_token_id,
+            tree=self.parts.tree,
+        )
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        return self.parts.reward([row["prompt_ids"] for row in inputs], completion_ids_list).unsqueeze(-1)
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
+        prompts = [row["prompt"] for row in inputs]
+        prompt_ids, completion_ids, completions = self._generate(prompts)
+        batch = collate(prompt_ids, completion_ids, self._tokenizer.pad_token_id, self.accelerator.device)
+        scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)[:, 0]
+        ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids], device=scores.device)
+        if self.parts.algo.missing_eos_penalty is not None:
+            scores = scores - self.parts.algo.missing_eos_penalty * ~ended
+        rollout = {name: getattr(batch, name) for name in ROLLOUT_FIELDS}
+        rollout["old_logps"], ref_logps = self._read_log_probs(batch)
+        rollout |= self._advantages(rollout["old_logps"], ref_logps, batch, scores)
+        self._note(**{"reward/mean": scores.mean(), "reward/std": scores.std(), "eos_rate": ended.float().mean()})
+        self._note(**{"length/mean": batch.response_mask.sum(-1).float().mean()})
+        return rollout
+
+    @torch.no_grad()
+    def _read_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Return policy and reference log-probs of the sampled tokens, (B, T) each; note exact KL and entropy."""
+        reading: logps.Reading = {"temperature": self.parts.generation.temperature, "tree": self.parts.tree}
+        policy_tokens, ref_tokens, divergences, entropies = [], [], [], []
+        for piece in batch.slices(self.args.per_device_train_batch_size):
+            policy = logps.vocabulary_logps(self.model, piece, **reading)
+            reference = logps.vocabulary_logps(self.reference, piece, **reading)
+            policy_tokens.append(logps.gather_logps(policy, piece.response_ids))
+            ref_tokens.append(logps.gather_logps(reference, piece.response_ids))
+            divergences.append(logps.kl(policy, reference))
+            entropies.append(logps.entropy(policy))
+        divergence, mask = torch.cat(divergences), batch.response_mask
+        self._note(
+            **{
+                "kl/per_token": ppo.masked_mean(divergence, mask),
+                "kl/sequence": masked_sum(divergence, mask).mean(),
+                "entropy/per_token": ppo.masked_mean(torch.cat(entropies), mask),
+            }
+        )
+        return torch.cat(policy_tokens), torch.cat(ref_tokens)
+
+    @torch.no_grad()
+    def _advantages(self, token_logps: Tensor, ref_logps: Tensor, batch: TokenBatch, scores: Tensor) -> dict:
+        """Return per-token advantages (and, with a critic, old values and returns), (B, T) each."""
+        algo, mask = self.parts.algo, batch.response_mask
+        effective = self.parts.algorithm.effective_reference(ref_logps, algo)
+        rewards = ppo.token_rewards(
+            token_logps, effective, mask, scores, beta=self.cost_weight, reward_clip=self.parts.reward_clip
+        )
+        cost = float(masked_sum(token_logps - effective, mask).mean())
+        self._note_cost(ref_logps, mask, scores, cost)
+        if self.critic is None:
+            baseline = ppo.leave_one_out(rewards.sum(-1), num_generations=self.parts.algo.num_generations)
+            found = {"advantages": baseline.unsqueeze(-1).expand_as(rewards).masked_fill(~mask, 0.0)}
+        else:
+            values = torch.cat([self.critic(piece) for piece in batch.slices(self.args.per_device_train_batch_size)])
+            advantages, returns = ppo.gae(rewards, values, mask, gamma=algo.gamma, lam=algo.lam)
+            found = {"advantages": advantages, "old_values": values, "returns": returns}
+            self._note(explained_variance=ppo.explained_variance(values, returns, mask))
+        self._note(**{"advantage/std": found["advantages"][mask].std()})
+        if algo.whiten_advantages:
+            found["advantages"] = ppo.whiten(found["advantages"], mask)
+        return found
+
+    def _note_cost(self, ref_logps: Tensor, mask: Tensor, scores: Tensor, cost: float) -> None:
+        algo, clip = self.parts.algo, self.parts.reward_clip
+        clipped = (scores.abs() > clip).float().mean() if clip is not None else torch.zeros(())
+        self._note(**{"cost/sequence": cost, "beta": self.cost_weight, "reward/clip_fraction": clipped})
+        alpha = getattr(algo, "alpha", None)
+        if alpha is not None:
+            near = ((ref_logps.exp() > alpha / 2) & (ref_logps.exp() <= 2 * alpha)).float()
+            self._note(**{"reference/mass_near_alpha": ppo.masked_mean(near, mask)})
+        if algo.beta_schedule == "adaptive":
+            self.cost_weight = ppo.adapted_beta(
+                self.cost_weight, cost, target=algo.cost_target, horizon=algo.cost_horizon, responses=len(scores)
+            )
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        per_pass = cast(RLOOConfig, self.args).steps_per_generation or 1
+        starts_later_pass = self._step % per_pass == 0 and self._step % (per_pass * self.num_iterations) != 0
+        if cast(Any, self.model).training and starts_later_pass and self._buffered_inputs is not None:
+            whole = {
+                name: torch.cat([part[name] for part in self._buffered_inputs]) for name in self._buffered_inputs[0]
+            }
+            self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), per_pass)
+        return super()._prepare_inputs(generation_batch)
+
+    # -- losses -----------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        algo = self.parts.algo
+        batch = TokenBatch(*(inputs[name] for name in ROLLOUT_FIELDS))
+        mask = batch.response_mask
+        new_logps = logps.token_logps(model, batch, temperature=self.parts.generation.temperature, tree=self.parts.tree)
+        loss = ppo.policy_loss(new_logps, inputs["old_logps"], inputs["advantages"], mask, clip_range=algo.clip_range)
+        self._note(policy_loss=loss)
+        ratio = (new_logps - inputs["old_logps"]).detach().exp()
+        self._note(clip_fraction=ppo.masked_mean(((ratio - 1).abs() > algo.clip_range).float(), mask))
+        if self.critic is None:
+            return loss
+        values = self.critic(batch)
+        value_loss = ppo.value_loss(
+            values, inputs["old_values"], inputs["returns"], mask, clip_range=algo.value_clip_range
+        )
+        moved = ((values - inputs["old_values"]).detach().abs() > algo.value_clip_range).float()
+        self._note(value_loss=value_loss, value_clip_fraction=ppo.masked_mean(moved, mask))
+        return loss + value_loss  # disjoint parameters: one backward serves both
+
+    def _note(self, **metrics: Any) -> None:
+        for key, value in metrics.items():
+            self._metrics["train"][key].append(float(value.detach() if isinstance(value, Tensor) else value))
+
+    # -- the critic's optimizer: stepped, saved and loaded with the policy's ------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.critic_optimizer is not None:
+            optimizer.register_step_post_hook(self._step_critic)
+        return optimizer
+
+    def _step_critic(self, optimizer: Any, *_: Any) -> None:
+        assert self.critic is not None
+        assert self.critic_optimizer is not None
+        schedule = optimizer.param_groups[0]["lr"] / self.args.learning_rate
+        self.critic_optimizer.param_groups[0]["lr"] = self.block.critic_learning_rate * schedule
+        torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad()
+
+    def save_extra(self, folder: Path) -> None:
+        """Write critic, its optimizer and the cost weight into a checkpoint."""
+        state: dict[str, Any] = {"cost_weight": self.cost_weight}
+        if self.critic is not None and self.critic_optimizer is not None:
+            critic = self.accelerator.unwrap_model(self.critic)
+            state |= {"critic": critic.state_dict(), "optimizer": self.critic_optimizer.state_dict()}
+        torch.save(state, folder / CRITIC_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
+        self.cost_weight = state["cost_weight"]
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["optimizer"])
+
+
+def prompt_schedule(prompts: list[dict], *, per_update: int, updates: int, seed: int) -> list[dict]:
+    """Return the prompts of every update in order: passes over all prompts, each in a fresh order.
+
+    Laid out in advance, the order does not depend on where a run was interrupted, and fewer prompts than one batch
+    needs repeat instead of training nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < per_update * updates:
+        order += torch.randperm(len(prompts), generator=generator).tolist()
+    return [prompts[index] for index in order[: per_update * updates]]
+
+
+def online_trainer(
+    parts: OnlineParts,
+    policy: Any,
+    tokenizer: Any,
+    prompts: list[dict],
+    block: OnlineTraining,
+    *,
+    max_completion_tokens: int,
+    folder: Path,
+    seed: int,
+    device: str,
+) -> OnlineTrainer:
+    """Return a trainer that aligns `policy` on-policy.
+
+    Args:
+        parts: algorithm, reward, reference, critic, sampling.
+        policy: causal language model.
+        tokenizer: its tokenizer.
+        prompts: {"prompt", "prompt_ids"}.
+        block: optimisation settings; batch_size counts rollouts per optimizer step.
+        max_completion_tokens: responses are cut here.
+        folder: checkpoints go here.
+        seed: prompt order and sampling.
+        device: cpu or cuda.
+    """
+    algo = parts.algo
+    steps_per_update = algo.ppo_epochs * algo.minibatches
+    per_update = block.batch_size * algo.minibatches // algo.num_generations
+    updates = -(-block.max_steps // steps_per_update) if block.max_steps else _updates(block, len(prompts), per_update)
+    arguments = training_arguments(block, folder=folder, seed=seed, device=device)
+    arguments.pop("num_train_epochs", None)
+    arguments |= {
+        "max_steps": updates * steps_per_update,
+        "save_steps": -(-block.save_every_steps // steps_per_update) * steps_per_update,  # whole rollouts only
+    }
+    args = RLOOConfig(
+        **arguments,
+        beta=0.0,
+        num_generations=max(algo.num_generations, 2),
+        generation_batch_size=None,
+        steps_per_generation=algo.minibatches * arguments["gradient_accumulation_steps"],
+        num_iterations=algo.ppo_epochs,
+        max_completion_length=max_completion_tokens,
+        temperature=parts.generation.temperature,
+        top_p=parts.generation.top_p,
+        top_k=0,
+        shuffle_dataset=False,
+    )
+    args.num_generations = algo.num_generations  # 1 is right with a critic; RLOOConfig's own check refuses it
+    rows = prompt_schedule(prompts, per_update=per_update, updates=updates, seed=seed)
+    return OnlineTrainer(
+        parts, block, model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def _updates(block: OnlineTraining, prompts: int, per_update: int) -> int:
+    return max(1, round((block.epochs or 1) * prompts / per_update))

@@ -1,0 +1,110 @@
+"""Algorithms that learn from pairs (dpo, rpo, dpm), on TRL's DPOTrainer with the algorithm's own loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from rlhf_cli.algos.base import Algorithm, PairLogps
+from rlhf_cli.config.schema import AlgoConfig, StageTraining
+from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.prefix_tree import PrefixTree
+from rlhf_cli.models.tokens import TokenBatch, collate
+from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
+
+
+class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
+    """TRL's DPOTrainer whose loss is `Algorithm.pair_loss` on per-token log-probs of policy and reference."""
+
+    algorithm: Algorithm
+    algo: AlgoConfig
+    temperature: float
+    tree: PrefixTree | None
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset  # rows are token ids already
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+        batch = TokenBatch(**inputs)
+        logps = token_logps(model, batch, temperature=self.temperature, tree=self.tree)
+        with torch.no_grad():
+            ref_logps = token_logps(self.ref_model, batch, temperature=self.temperature, tree=self.tree)
+        sides = [tensor.chunk(2) for tensor in (logps, ref_logps, batch.response_mask)]
+        (chosen, rejected), (ref_chosen, ref_rejected), (chosen_mask, rejected_mask) = sides
+        pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask)
+        assert self.algorithm.pair_loss is not None
+        terms = self.algorithm.pair_loss(pairs, self.algo)
+        self._note(model, pairs, terms)
+        return (terms["loss"], None) if return_outputs else terms["loss"]
+
+    def _note(self, model: Any, pairs: PairLogps, terms: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            change = ((pairs.chosen - pairs.ref_chosen) * pairs.chosen_mask).sum(-1).mean()
+            shown = {
+                **{key: value for key, value in terms.items() if key != "loss"},
+                "chosen_logps": (pairs.chosen * pairs.chosen_mask).sum(-1).mean(),
+                "rejected_logps": (pairs.rejected * pairs.rejected_mask).sum(-1).mean(),
+                "chosen_logps_change": change,
+            }
+        for key, value in shown.items():
+            self._metrics["train" if model.training else "eval"][key].append(float(value))
+
+
+class PairCollator:
+    """Stacks rows {"prompt_ids", "chosen_ids", "rejected_ids"}: chosen first, rejected below."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return the fields of a `TokenBatch` of 2B sequences."""
+        prompts = [row["prompt_ids"] for row in rows]
+        responses = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        batch = collate(prompts + prompts, responses, self.pad_id)
+        return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+
+
+def pairwise_trainer(
+    algorithm: Algorithm,
+    algo: AlgoConfig,
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    pairs: list[dict],
+    block: StageTraining,
+    *,
+    temperature: float,
+    tree: PrefixTree | None,
+    folder: Path,
+    seed: int,
+    device: str,
+) -> PairwiseTrainer:
+    """Return a trainer of `algorithm` on pairs.
+
+    Args:
+        algorithm, algo: the record and its settings.
+        policy, reference: causal language models; the reference is frozen.
+        tokenizer: of both.
+        pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}, responses with end-of-sequence.
+        block: optimisation settings.
+        temperature, tree: how log-probs are read.
+        folder: checkpoints go here.
+        seed: batch order.
+        device: cpu or cuda.
+    """
+    args = DPOConfig(**training_arguments(block, folder=folder, seed=seed, device=device), max_length=None)
+    trainer = PairwiseTrainer(
+        policy,
+        reference,
+        args,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    trainer.algorithm, trainer.algo = algorithm, algo
+    trainer.temperature, trainer.tree = temperature, tree
+    return trainer

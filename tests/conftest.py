@@ -1,0 +1,23 @@
+"""Fixtures that more than one test module uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rlhf_cli import cli
+
+
+@pytest.fixture
+def rlhf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Return a function that runs the command line in this process, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHF_CONFIG_DIR", raising=False)
+
+    def run(*args: str) -> Result:
+        return CliRunner().invoke(cli.app, list(args), prog_name="rlhf")
+
+    return run

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_cli.algos.pm import Config as PmConfig
+from rlhf_cli.config import compose
+from rlhf_cli.config.catalog import Catalog, conf_dir
+from rlhf_cli.config.schema import EvaluateConfig, SurveyConfig, TextConfig, setting
+from rlhf_cli.config.validate import COMMANDS
+from rlhf_cli.errors import ConfigError
+
+TEXT = ["dataset=hh_rlhf", "dataset.path=pairs.jsonl"]
+
+
+def every_choice() -> list[tuple[str, str]]:
+    """Return (command, group=choice) for every yaml of every group of every command."""
+    return [
+        (command, f"{group}={choice}")
+        for command in COMMANDS
+        for group in Catalog(command).groups
+        for choice in Catalog(command).choices(group)
+        if (command, choice) != ("train-rm", "gold")
+    ]
+
+
+@pytest.mark.parametrize(("command", "choice"), every_choice())
+def test_every_yaml_composes(command: str, choice: str) -> None:
+    extra = ["dataset.path=pairs.jsonl"] if choice in {"dataset=hh_rlhf", "dataset=preferences"} else []
+    cfg = compose.load(command, [choice, *extra])
+    assert type(cfg) is COMMANDS[command]
+    group, name = choice.split("=")
+    if group != "experiment":
+        block = getattr(cfg, group)
+        assert getattr(block, "source" if group == "dataset" else "name") == name
+
+
+def test_every_yaml_of_conf_is_reached_by_some_command() -> None:
+    reached = {f"{choice.replace('=', '/')}.yaml" for _, choice in every_choice()} | {"reward/gold.yaml"}
+    primaries = {f"{Catalog(command).primary}.yaml" for command in COMMANDS}
+    there = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*.yaml")}
+    assert there == reached | primaries
+
+
+def test_types_follow_algorithm_and_dataset() -> None:
+    cfg = compose.load("align", ["algo=pm", "algo.alpha=null", "seed=3"])
+    assert type(cfg.algo) is PmConfig
+    assert cfg.algo.alpha is None
+    assert type(cfg.dataset) is SurveyConfig
+    assert cfg.seed == 3
+    assert type(compose.load("train_rm", TEXT).dataset) is TextConfig
+
+
+def test_survey_picks_its_trainer_and_the_command_line_wins() -> None:
+    assert compose.load("align", []).trainer.name == "survey"
+    assert compose.load("align", ["trainer=text"]).trainer.name == "text"
+    assert compose.load("align", TEXT).trainer.name == "text"
+
+
+def test_experiment_wins_over_groups_and_the_command_line_over_it() -> None:
+    cfg = compose.load("align", ["experiment=quick"])
+    assert (cfg.dataset.questions, cfg.trainer.online.max_steps) == (4, 60)
+    assert cfg.trainer.online.batch_size == 64
+    assert compose.load("align", ["experiment=quick", "dataset.questions=7"]).dataset.questions == 7
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_plus_changes_nothing(prefix: str) -> None:
+    assert compose.load("align", [f"{prefix}algo.beta=0.5", f"{prefix}algo=dpo"]).algo.beta == 0.5
+
+
+REFUSED = {
+    # unknown keys, groups and choices
+    "algo.bta=1": r"unknown key algo\.bta .*command line.*nearest valid key is algo\.beta",
+    "+algo.bta=1": r"unknown key algo\.bta .*nearest valid key is algo\.beta",
+    "++algo.bta=1": r"unknown key algo\.bta .*nearest valid key is algo\.beta",
+    "beta=1": r"unknown key beta .*algo\.beta",
+    "ago=pm": r"unknown key ago .*nearest valid key is algo\.$",
+    "trainer.onlin.max_steps=3": r"nearest valid key is trainer\.online\.max_steps",
+    "algo=pmm": r"algo=pmm does not exist\. The nearest choice is pm\. Choose from dpm, dpo, kl_ppo, pm, rpo",
+    "experiment=quik": "nearest choice is quick",
+    "algo.name=nonsense": "algo.name=nonsense does not name an algorithm",
+    "algo.name=ppo": "algo.name=ppo does not name an algorithm",
+    "dataset.source=web": "dataset.source=web is not a source",
+    "policy=x": "policy .* is not a key of align. It belongs to evaluate",
+    "algo=dpo algo.alpha=0.1": r"algo\.alpha .* It is a key of algo=dpm, algo=pm",
+    "trainer.sft=3": r"trainer\.sft .* is a block of keys",
+    # syntax
+    "~algo": "~algo is not possible",
+    "algo@x=pm": "algo@x=pm is not possible",
+    "=3": "=3 is not possible",
+    "trainer/sft=x": "trainer.sft .* is not a key here",
+    "algo": "cannot read 'algo'",
+    "algo.beta=[": r"cannot read 'algo\.beta=\['",
+    "seed=0,1": "seed=0,1 lists several values.* Add -m",
+    "algo=[pm,dpo]": "does not exist",
+    "algo=null": "algo=null does not exist",
+    "algo.beta=${nothing}": r"algo\.beta cannot be resolved",
+    "hydra.lancher=x": "Could not override 'hydra.lancher'",
+    "hydra.searchpath=[x]": "Use --config-dir",
+    # missing, types
+    "algo.beta=???": r"algo\.beta has no value",
+    "seed=x": r"seed=x .*wrong type\. It must be an integer",
+    "seed=1.5": "must be an integer",
+    "seed=null": r"seed=null .*wrong type\. It must be an integer",
+    "algo.alpha=[1]": "must be a number or null",
+    "algo.beta=true": r"algo\.beta=true .* It must be a number",
+    "algo.beta.x=1": r"algo\.beta=.* command line.* must be a number",
+    "algo.whiten_advantages=maybe": "must be true or false",
+    "tracker.tags=a": "must be a list of texts",
+    # ranges
+    "algo.beta=0": r"algo\.beta=0.* out of range\. It must be > 0\.$",
+    "algo.alpha=2": r"algo\.alpha=2.* It must be > 0 and <= 1",
+    "algo.beta=inf": "not a finite number",
+    "algo.gamma=nan": "not a finite number",
+    "trainer.sft.max_steps=-3": "must be >= 1",
+    "device=gpu": "device=gpu .* is not a choice",
+    "algo.advantage=rlo": "nearest choice is rloo",
+    # rules between keys
+    "trainer.rm.epochs=1": r"trainer\.rm\.max_steps and trainer\.rm\.epochs are both set",
+    "trainer.rm.max_steps=null": "are both null",
+    "trainer.online.micro_batch_size=7": "batch_size=64 is not divisible by .*micro_batch_size=7",
+    "model.heads=5": "hidden_size=64 is not divisible by model.heads=5",
+    "algo.num_generations=5": "64 rollouts is not divisible by algo.num_generations=5",
+    "algo.advantage=rloo algo.num_generations=1": "rloo needs algo.num_generations >= 2",
+    "dataset=hh_rlhf": "dataset.path is null",
+    "dataset=preferences dataset.path=f dataset.sft_fraction=0.6": "is 1 or more",
+    "dataset=hh_rlhf dataset.path=f reward=gold": "reward=gold needs dataset=survey",
+    "dataset=hh_rlhf dataset.path=f dataset.closed_vocabulary=true": "It is a key of dataset=survey",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.items())
+def test_refusals(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose.load("align", overrides.split(" "))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        ("train-rm", "reward=gold", "train-rm reward=gold trains nothing"),
+        ("train-sft", "algo=pm", "algo .* is not a key of train-sft. It belongs to align, evaluate"),
+        ("train-sft", "algo.beta=1", "algo.beta .* is not a key of train-sft. It belongs to align, evaluate"),
+    ],
+)
+def test_refusals_of_other_commands(command: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose.load(command, [override])
+
+
+def test_typos_are_answered_without_heavy_imports() -> None:
+    program = (
+        "import sys; from rlhf_cli import cli\n"
+        "sys.argv = ['rlhf', 'align', *sys.argv[1:]]\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "print(code, [name for name in ('torch', 'transformers', 'trl', 'numpy', 'wandb') if name in sys.modules])"
+    )
+    for overrides in (["algo.bta=1"], ["-m", "algo=pm,dpo", "seed=0,x"], ["--help"], ["--cfg", "job"]):
+        done = subprocess.run([sys.executable, "-c", program, *overrides], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == ("0 []" if overrides[0].startswith("--") else "2 []")
+
+
+# --- a user's own directory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a user's directory, with a quote in its name, whose modules are forgotten after the test."""
+    import rlhf_cli.algos
+
+    folder = tmp_path / "ann's conf"
+    folder.mkdir()
+    monkeypatch.setattr(rlhf_cli.algos, "__path__", list(rlhf_cli.algos.__path__))
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("rlhf_cli.algos.own")]:
+        del sys.modules[name]
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def own_algorithm(folder: Path, name: str, *, yaml_text: str) -> None:
+    write(folder / f"algo/{name}.yaml", yaml_text)
+    write(
+        folder / f"algos/{name}.py",
+        "from dataclasses import dataclass\n"
+        "from rlhf_cli.config.schema import AlgoConfig, setting\n"
+        "@dataclass\n"
+        "class Config(AlgoConfig):\n"
+        "    gain: float = setting(ge=0)\n",
+    )
+
+
+def test_an_algorithm_is_one_yaml_and_one_module(own: Path) -> None:
+    own_algorithm(own, "own_one", yaml_text="name: own_one\nbeta: 1.0\ngain: 2.0\n")
+    cfg = compose.load("align", ["algo=own_one", "algo.gain=3"], own)
+    assert type(cfg.algo).__module__ == "rlhf_cli.algos.own_one"
+    assert cfg.algo.gain == 3.0
+    with pytest.raises(ConfigError, match="algo.gain=-1.* out of range"):
+        compose.load("align", ["algo=own_one", "algo.gain=-1"], own)
+    with pytest.raises(ConfigError, match=r"algo=own_one does not exist"):
+        compose.load("align", ["algo=own_one"])
+
+
+@pytest.mark.parametrize(
+    ("name", "yaml_text", "message"),
+    [
+        ("own_typo", "name: own_typo\nbeta: 1.0\ngian: 2.0\ngain: 1.0\n", r"algo\.gian \(set in .*own_typo\.yaml"),
+        ("own_gap", "name: own_gap\nbeta: 1.0\n", r"algo\.gain has no value"),
+        (
+            "own_range",
+            "name: own_range\nbeta: 1.0\ngain: -1\n",
+            r"algo\.gain=-1.*set in .*own_range\.yaml.*out of range",
+        ),
+        ("own_bad", "name: [\n", "own_bad.yaml"),
+    ],
+)
+def test_mistakes_in_a_users_yaml(own: Path, name: str, yaml_text: str, message: str) -> None:
+    own_algorithm(own, name, yaml_text=yaml_text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose.load("align", [f"algo={name}"], own)
+    assert "\n" not in str(caught.value)
+
+
+def test_algorithm_without_module_or_config(own: Path) -> None:
+    write(own / "algo/own_none.yaml", "name: own_none\nbeta: 1.0\n")
+    with pytest.raises(ConfigError, match="'own_none' has no module"):
+        compose.load("align", ["algo=own_none"], own)
+    write(own / "algo/own_empty.yaml", "name: own_empty\nbeta: 1.0\n")
+    write(own / "algos/own_empty.py", "")
+    with pytest.raises(ConfigError, match="'own_empty' has no Config class"):
+        compose.load("align", ["algo=own_empty"], own)
+    write(own / "algo/own_import.yaml", "name: own_import\nbeta: 1.0\n")
+    write(own / "algos/own_import.py", "import not_installed_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        compose.load("align", ["algo=own_import"], own)
+
+
+def test_a_users_experiment(own: Path) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /trainer: text\nalgo: {beta: 0.25}\nseed: 5\n"
+    write(own / "experiment/mine.yaml", text)
+    cfg = compose.load("align", ["experiment=mine"], own)
+    assert (cfg.algo.beta, cfg.seed, cfg.trainer.name) == (0.25, 5, "text")
+    assert compose.load("train-sft", ["experiment=mine"], own).seed == 5
+    write(own / "experiment/typo.yaml", "# @package _global_\ntrainer: {sft: {max_stps: 3}}\n")
+    with pytest.raises(ConfigError, match=r"max_stps \(set in .*typo\.yaml.*nearest.*trainer\.sft\.max_steps"):
+        compose.load("align", ["experiment=typo"], own)
+    assert compose.load("align", ["experiment=[quick,mine]"], own).seed == 5
+    with pytest.raises(ConfigError, match=r"max_stps \(set in .*typo\.yaml"):
+        compose.load("align", ["experiment=[quick,typo]"], own)
+
+
+def test_a_users_yaml_wins_over_ours(own: Path) -> None:
+    ours = yaml.safe_load((conf_dir() / "model/tiny.yaml").read_text(encoding="utf-8"))
+    write(own / "model/tiny.yaml", yaml.safe_dump({**ours, "layers": 3}))
+    assert compose.load("align", [], own).model.layers == 3
+
+
+def test_config_dir_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a directory"):
+        compose.load("align", [], tmp_path / "nowhere")
+
+
+# --- evaluate policy=RUN_DIR -----------------------------------------------------------------------------------
+
+
+def record(folder: Path, **content: object) -> Path:
+    write(folder / "overrides.json", json.dumps(content))
+    return folder
+
+
+def test_evaluate_starts_from_the_runs_overrides(tmp_path: Path) -> None:
+    run = record(
+        tmp_path / "run",
+        command="align",
+        overrides=["++algo=kl_ppo", "algo.gamma=0.9", "seed=4", "dataset.seed=2", "run_dir=old", "hydra.verbose=true"],
+        config_dir=None,
+    )
+    cfg = compose.load("evaluate", [f"policy={run}", "dataset.seed=1"])
+    assert isinstance(cfg, EvaluateConfig)
+    assert (cfg.algo.name, cfg.algo.gamma, cfg.seed, cfg.dataset.seed, cfg.run_dir) == ("kl_ppo", 0.9, 4, 1, None)
+    again = compose.with_base("evaluate", [f"policy={run}", "dataset.seed=1"], None)[0]
+    assert again == ["algo=kl_ppo", "algo.gamma=0.9", "seed=4", f"policy={run}", "dataset.seed=1"]
+    assert compose.with_base("evaluate", again, None)[0] == again
+
+
+def test_a_run_folder_of_a_multirun_needs_no_quotes(tmp_path: Path) -> None:
+    run = record(tmp_path / "algo=dpo,seed=1", command="align", overrides=["algo=dpo", "seed=1"], config_dir=None)
+    cfg = compose.load("evaluate", [f"policy={run}"])
+    assert (cfg.algo.name, cfg.seed, cfg.policy) == ("dpo", 1, str(run))
+
+
+def test_another_choice_drops_the_runs_values_of_that_group(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", command="align", overrides=["algo.alpha=0.5"], config_dir=None)
+    assert compose.load("evaluate", [f"policy={run}"]).algo.alpha == 0.5
+    assert compose.load("evaluate", [f"policy={run}", "algo=dpo"]).algo.name == "dpo"
+
+
+def test_evaluate_finds_the_runs_own_directory(own: Path, tmp_path: Path) -> None:
+    own_algorithm(own, "own_two", yaml_text="name: own_two\nbeta: 1.0\ngain: 2.0\n")
+    run = record(tmp_path / "run", command="align", overrides=["algo=own_two"], config_dir=str(own))
+    assert compose.load("evaluate", [f"policy={run}"]).algo.name == "own_two"
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "overrides.json", "{}")
+    with pytest.raises(ConfigError, match="overrides.json is damaged"):
+        compose.load("evaluate", [f"policy={tmp_path}"])
+
+
+# --- dump and identity -----------------------------------------------------------------------------------------
+
+
+def test_dump_is_the_whole_config_in_schema_order() -> None:
+    cfg = compose.load("align", ["tracker.group=x"])
+    loaded = yaml.safe_load(compose.dump(cfg))
+    assert loaded == compose.as_dict(cfg)
+    assert list(loaded)[:4] == ["seed", "run_dir", "store_dir", "device"]
+    assert loaded["trainer"]["sft"]["learning_rate"] == 6e-3
+
+
+def test_identity_leaves_out_what_cannot_change_the_result() -> None:
+    @dataclass
+    class Inner:
+        kept: int = 1
+        place: str = setting(identity=False)
+
+    @dataclass
+    class Outer:
+        inner: Inner = field(default_factory=Inner)
+        run_dir: str = setting(identity=False)
+
+    assert compose.identity(Outer(Inner(2, "here"), "there")) == {"inner": {"kept": 2}}
+    one, other = (compose.load("align", [f"run_dir={place}", "tracker=none"]) for place in ("a", "b"))
+    assert compose.identity(one) == compose.identity(other)
+    assert compose.identity(compose.load("align", ["seed=1", "tracker=none"])) != compose.identity(one)
