@@ -15,7 +15,8 @@ class UserError(Exception):
     def __init__(self, what: str, why: str = "", todo: str = "") -> None:
         self.what, self.why, self.todo = what, why, todo
         parts = [part.strip().rstrip(".") for part in (what, why, todo) if part]
-        super().__init__(". ".join(" ".join(part.split()) for part in parts) + ".")
+        text = ". ".join(" ".join(part.split()) for part in parts)
+        super().__init__(text if text.endswith(("?", "!")) else f"{text}.")
 
 
 class ConfigError(UserError):

@@ -82,9 +82,10 @@ def job_name(job: list[str], overrides: list[str]) -> str:
         job: the overrides of this job.
         overrides: those of the whole sweep; what stands there with one value is common to all jobs.
     """
-    common = {item.key_or_group for item in compose.parse(overrides) if not item.is_sweep_override()}
-    swept = [item for item in compose.parse(job) if item.key_or_group not in common]
-    text = ",".join(compose.plain(item) for item in swept)
+    given = compose.parse(overrides)
+    common = {item.key_or_group for item in given} - {item.key_or_group for item in given if item.is_sweep_override()}
+    swept = {item.key_or_group: item for item in compose.parse(job) if item.key_or_group not in common}  # the last wins
+    text = ",".join(compose.plain(item) for item in swept.values())
     safe = re.sub(r"[^\w.=,+-]", "_", text)
     if safe == text and len(text) <= LONGEST_NAME:
         return text

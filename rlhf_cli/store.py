@@ -179,7 +179,11 @@ class Store:
                 return
             work = self.root / ".work" / label
             make_folder(work, "store_dir")
-            yield Building(work, False, identity, folder)
+            try:
+                yield Building(work, False, identity, folder)
+            finally:
+                if work.is_dir() and not any(work.iterdir()):  # refused before anything was trained
+                    work.rmdir()
 
     def _folder(self, stage: str, identity: dict[str, Any]) -> Path:
         return self.root / stage / content_hash(identity)[:HASH_LENGTH]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from rlhf_cli.config.schema import OnlineAlgoConfig, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+ROUNDING = 1e-6  # nats; a reference probability of exactly alpha is not likely, whatever exp and log round to
 
 
 @dataclass
@@ -38,7 +42,7 @@ def effective_reference(ref_token_logps: Tensor, *, alpha: float | None) -> Tens
         return ref_token_logps.new_zeros(ref_token_logps.shape)
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}: it is a probability threshold in (0, 1]. Use None for unconditional PM.")
-    return ref_token_logps.masked_fill(ref_token_logps.exp() > alpha, 0.0)
+    return ref_token_logps.masked_fill(ref_token_logps > math.log(alpha) + ROUNDING, 0.0)
 
 
 ALGORITHM = Algorithm(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from rlhf_cli.algos.base import masked_sum, require_same_shape
 
+MAX_LOG_RATIO = 20.0  # nats; beyond it a ratio overflows, and inf times a clipped gradient of 0 is NaN
+
 
 def token_rewards(
     token_logps: Tensor,
@@ -44,7 +46,8 @@ def token_rewards(
     clipped = scores if reward_clip is None else scores.clamp(-reward_clip, reward_clip)
     positions = torch.arange(keep.shape[1], device=keep.device)
     is_last = keep & (positions == (positions * keep).amax(-1, keepdim=True))
-    return rewards + is_last * clipped.to(rewards.dtype).unsqueeze(-1)
+    at_end = clipped.to(rewards.dtype).unsqueeze(-1).expand_as(rewards)
+    return rewards + at_end.masked_fill(~is_last, 0.0)
 
 
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -90,9 +93,9 @@ def leave_one_out(rewards: Tensor, *, num_generations: int) -> Tensor:
     """
     if num_generations < 2 or rewards.shape[0] % num_generations:
         raise ValueError(f"{rewards.shape[0]} responses cannot be split into groups of {num_generations} (>= 2).")
-    groups = rewards.view(-1, num_generations)
+    groups = rewards.reshape(-1, num_generations)
     siblings = (groups.sum(-1, keepdim=True) - groups) / (num_generations - 1)
-    return (groups - siblings).view(-1)
+    return (groups - siblings).reshape(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -129,7 +132,8 @@ def policy_loss(
     )
     if clip_range <= 0:
         raise ValueError(f"clip_range is {clip_range}: it must be > 0.")
-    ratio = (new_token_logps - old_token_logps).masked_fill(~mask.bool(), 0.0).exp()
+    log_ratio = (new_token_logps - old_token_logps).masked_fill(~mask.bool(), 0.0)
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return masked_mean(-torch.minimum(advantages * ratio, advantages * clipped), mask)
 
@@ -152,8 +156,10 @@ def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
     require_same_shape(new_values=new_values, old_values=old_values, returns=returns, mask=mask)
     if clip_range <= 0:
         raise ValueError(f"clip_range is {clip_range}: it must be > 0.")
-    clipped = torch.clamp(new_values, old_values - clip_range, old_values + clip_range)
-    return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
+    # Masked before squaring, so that the gradient too is free of what lies under the mask.
+    new, old, target = (values.masked_fill(~mask.bool(), 0.0) for values in (new_values, old_values, returns))
+    clipped = torch.clamp(new, old - clip_range, old + clip_range)
+    return 0.5 * masked_mean(torch.maximum((new - target) ** 2, (clipped - target) ** 2), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -170,6 +176,7 @@ def adapted_beta(beta: float, cost: float, *, target: float, horizon: int, respo
     """Return the coefficient of the next update, moved so that the measured cost approaches its target.
 
     beta (1 + clip(cost / target - 1, -0.2, 0.2) responses / horizon)              (arXiv:1909.08593, section 2.2)
+    responses / horizon is bounded by 1: a short horizon would otherwise turn beta negative.
 
     Args:
         beta: the coefficient in force, > 0.
@@ -179,4 +186,4 @@ def adapted_beta(beta: float, cost: float, *, target: float, horizon: int, respo
         responses: responses in this update.
     """
     error = min(max(cost / target - 1, -0.2), 0.2)
-    return beta * (1 + error * responses / horizon)
+    return beta * (1 + error * min(responses / horizon, 1.0))

@@ -57,8 +57,8 @@ def damaged(
 ) -> list[int]:
     """Return a damaged form of a response: token ids that are neither the response nor in `valid`.
 
-    Four in ten differ in one token, at any position, EOS included: that is what a sampled policy gets wrong. The
-    others are cut, stretched, shuffled, spliced, off topic, unended or random.
+    Most differ in one token (at any position, EOS included), or answer another prompt, wholly or from some word on:
+    that is what a sampled policy gets wrong. The others are cut, stretched, shuffled, unended or random.
 
     Args:
         prompt_ids: the prompt; a response that echoes it is one kind of damage.
@@ -233,19 +233,22 @@ def _random(s: _Source) -> list[int]:
     return [*s.tokens(s.between(1, len(s.body) + 2)), s.eos]
 
 
-_OTHERS: tuple[Callable[[_Source], list[int]], ...] = (
-    _replace_two,
-    _insert,
-    _delete,
-    _shuffle,
-    _stop_early,
-    _never_end,
-    _run_on,
-    _repeat,
-    _splice,
-    _off_topic,
-    _echo,
-    _random,
-)
-KINDS = (_replace_one, *_OTHERS)
-CUMULATIVE = tuple(accumulate([0.4, *[0.6 / len(_OTHERS)] * len(_OTHERS)]))
+# Shares of the kinds. Most are what a sampled policy gets wrong: one token, or another prompt's answer, whole or from
+# some word on; a reward model that has not seen those scores them as average, and alignment finds them.
+SHARES: dict[Callable[[_Source], list[int]], float] = {
+    _replace_one: 0.30,
+    _off_topic: 0.20,
+    _splice: 0.15,
+    _replace_two: 0.04,
+    _insert: 0.04,
+    _delete: 0.04,
+    _shuffle: 0.03,
+    _stop_early: 0.04,
+    _never_end: 0.03,
+    _run_on: 0.04,
+    _repeat: 0.03,
+    _echo: 0.02,
+    _random: 0.04,
+}
+KINDS = tuple(SHARES)
+CUMULATIVE = tuple(accumulate(SHARES.values()))

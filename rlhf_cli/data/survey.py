@@ -91,9 +91,9 @@ def _people_shares(rng: np.random.Generator, count: int) -> tuple[float, ...]:
     """Return shares with one clear majority, a rarest answer of 2-4 % and the rest between, in random order."""
     majority, rarest = rng.uniform(*PEOPLE_MAJORITY), rng.uniform(*PEOPLE_MINORITY)
     middle = rng.dirichlet(np.full(count - 2, 3.0)) * (1 - majority - rarest - 0.04 * (count - 2)) + 0.04
-    shares = np.array([majority, *np.minimum(middle, 0.8 * majority), rarest])
-    shares /= shares.sum()
-    return tuple(float(share) for share in rng.permutation(shares))
+    frequent = np.array([majority, *np.minimum(middle, 0.8 * majority)])
+    frequent *= (1 - rarest) / frequent.sum()
+    return tuple(float(share) for share in rng.permutation([*frequent, rarest]))
 
 
 def _writer_shares(rng: np.random.Generator, people: tuple[float, ...]) -> tuple[float, ...]:
@@ -102,7 +102,10 @@ def _writer_shares(rng: np.random.Generator, people: tuple[float, ...]) -> tuple
     favourite = int(rng.choice(np.argsort(people)[: count // 2]))
     habit = rng.uniform(*WRITER_HABIT)
     rest = rng.dirichlet(np.full(count - 1, 2.0)) * (1 - habit - WRITER_FLOOR * (count - 1)) + WRITER_FLOOR
-    return tuple(float(share) for share in np.insert(rest, favourite, habit))
+    shares = np.insert(rest, favourite, habit)
+    top = int(shares.argmax())
+    shares[[favourite, top]] = shares[[top, favourite]]  # a rest may outweigh the habit: the favourite comes first
+    return tuple(float(share) for share in shares)
 
 
 def load_survey(cfg: SurveyConfig) -> PreferenceData:

@@ -72,24 +72,23 @@ class SampledMeasure:
 
     def draw(self, policy: Any, prompts: list[list[int]]) -> list[list[int]]:
         """Return one response for each prompt; the global random state is left as it was."""
-        kept = torch.random.get_rng_state()
-        torch.manual_seed(self.seed)
         was_training = policy.training
         policy.eval()
         how, responses = self.sampling, []
-        for start in range(0, len(prompts), how.micro_batch):
-            responses += sample(
-                policy,
-                prompts[start : start + how.micro_batch],
-                max_new_tokens=how.max_new_tokens,
-                temperature=how.temperature,
-                top_p=1.0,
-                eos_ids=how.eos_ids,
-                pad_id=how.pad_id,
-                tree=how.tree,
-            )
+        with torch.random.fork_rng():  # the GPU's state too
+            torch.manual_seed(self.seed)
+            for start in range(0, len(prompts), how.micro_batch):
+                responses += sample(
+                    policy,
+                    prompts[start : start + how.micro_batch],
+                    max_new_tokens=how.max_new_tokens,
+                    temperature=how.temperature,
+                    top_p=1.0,
+                    eos_ids=how.eos_ids,
+                    pad_id=how.pad_id,
+                    tree=how.tree,
+                )
         policy.train(was_training)
-        torch.random.set_rng_state(kept)
         return responses
 
     def clipped_rewards(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:

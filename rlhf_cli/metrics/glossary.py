@@ -70,6 +70,18 @@ def _distances(family: str, target: str) -> dict[str, Metric]:
     }
 
 
+# Why rows are left out (data/text.py, data/encode.py).
+DROPPED = {
+    "no_shared_prompt": "the dialogues have no Assistant turn",
+    "differ_before_last_turn": "the dialogues differ before their last turn",
+    "last_turn_not_assistant": "a Human turn comes last",
+    "empty_prompt": "the prompt is empty",
+    "empty_response": "a response is empty",
+    "chosen_equals_rejected": "both responses are the same",
+    "prompt_too_long": "the prompt is longer than dataset.max_prompt_tokens",
+    "equal_after_truncation": "both responses are the same once cut",
+}
+
 GLOSSARY: dict[str, Metric] = {
     **{key: metric for family, target in TARGETS.items() for key, metric in _distances(family, target).items()},
     "pm/offset_mass": Metric("share", "Policy mass on text that is not a valid answer", "lower"),
@@ -156,6 +168,13 @@ GLOSSARY: dict[str, Metric] = {
     "rm/accuracy": Metric("share", "Pairs that the reward model orders as people did", "higher"),
     "rm/negative_accuracy": Metric(
         "share", "Damaged responses that the reward model scores below the intact one", "higher"
+    ),
+    # Data
+    "data/demonstrations": Metric("rows", "Demonstrations that the SFT policy learned from", "none"),
+    "data/reward_pairs": Metric("rows", "Preference pairs that the reward model learned from", "none"),
+    **{f"data/dropped/{key}": Metric("rows", f"Rows left out: {why}", "none") for key, why in DROPPED.items()},
+    "data/dropped/response_truncated": Metric(
+        "responses", "Responses cut to dataset.max_completion_tokens; their rows are kept", "none"
     ),
     # Bookkeeping
     "step": Metric("steps", "Optimizer step", "none"),

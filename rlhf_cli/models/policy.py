@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_cli.config.schema import ModelConfig
 from rlhf_cli.errors import RunError
@@ -47,12 +54,13 @@ def load_policy(path: Path | str, device: str = "cpu") -> Any:
         RunError: the folder holds no model that transformers can open.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+        config = AutoConfig.from_pretrained(path)
+        for name, value in config.to_dict().items():  # before the layers copy it
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="float32")
     except (OSError, ValueError) as error:
         raise RunError(f"no policy could be opened in {path}", str(error).splitlines()[0]) from error
-    for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.0)
     return cast(Any, model).to(device)
 
 
@@ -60,12 +68,19 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `path`, with a padding token that differs from end-of-sequence.
 
     Raises:
-        RunError: the folder holds no tokenizer that transformers can open.
+        RunError: the folder holds no tokenizer that transformers can open, or padding is missing or end-of-sequence.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RunError(f"no tokenizer could be opened in {path}", str(error).splitlines()[0]) from error
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        raise RunError(
+            f"the tokenizer in {path} has pad_token={tokenizer.pad_token!r} and eos_token={tokenizer.eos_token!r}",
+            "a model never learns to stop if padding is end-of-sequence, and rewards are read at the wrong token",
+            "give it a padding token of its own",
+        )
+    return tokenizer
 
 
 def freeze(model: Any) -> Any:

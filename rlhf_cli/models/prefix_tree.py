@@ -26,23 +26,23 @@ class PrefixTree:
     def __init__(self, sequences: Iterable[tuple[Sequence[int], Sequence[int]]], vocab_size: int, pad_id: int) -> None:
         self.pad_id = pad_id
         children: list[dict[int, int]] = [{}, {}]
-        restricted: list[bool] = [False, False]
+        continuations: list[set[int]] = [set(), set()]  # inside a response; empty: nothing is restricted
         for prompt, response in sequences:
             node = ROOT
             for position, token in enumerate([*prompt, *response]):
                 if position >= len(prompt):
-                    restricted[node] = True
+                    continuations[node].add(token)
                 if token not in children[node]:
                     children[node][token] = len(children)
                     children.append({})
-                    restricted.append(False)
+                    continuations.append(set())
                 node = children[node][token]
         self.next = torch.full((len(children), vocab_size), FREE, dtype=torch.long)
         self.allowed = torch.ones(len(children), vocab_size, dtype=torch.bool)
         for node, branches in enumerate(children):
-            if restricted[node]:
+            if continuations[node]:
                 self.allowed[node] = False
-                self.allowed[node, list(branches)] = True
+                self.allowed[node, list(continuations[node])] = True
             for token, child in branches.items():
                 self.next[node, token] = child
         self.next[ROOT, pad_id] = ROOT

@@ -43,7 +43,10 @@ def token_values(model: Any, batch: TokenBatch) -> Tensor:
     """Return the head's output at every position of the sequences, (B, P + T)."""
     body = getattr(model, model.base_model_prefix)
     hidden = body(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask.long(),
+        position_ids=batch.position_ids,
+        use_cache=False,
     ).last_hidden_state
     return model.score(hidden).squeeze(-1)
 

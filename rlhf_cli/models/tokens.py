@@ -25,6 +25,11 @@ class TokenBatch:
     response_ids: Tensor
     response_mask: Tensor
 
+    @property
+    def position_ids(self) -> Tensor:
+        """Position of each token, counted from the first real one, (B, P + T); not every model skips left padding."""
+        return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
     def slices(self, size: int | None) -> list[TokenBatch]:
         """Return the batch in pieces of at most `size` sequences (None: one piece)."""
         size = size or len(self.input_ids)

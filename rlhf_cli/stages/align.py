@@ -15,7 +15,7 @@ from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
 from rlhf_cli.report.figures import curves, preference_bars
 from rlhf_cli.run import seed_everything
 from rlhf_cli.stages import provide
-from rlhf_cli.stages.session import Session, copy_model, open_run, require_batch, say, summary
+from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, say, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
 from rlhf_cli.store import read_json, write_json
 from rlhf_cli.trainers.common import Reporter, fit
@@ -99,10 +99,10 @@ class Best:
         again = before is not None and before["best/step"] >= step
         if step == 0 or (before is not None and not again and metrics[self.key] >= before[f"best/{self.key}"]):
             return
-        partial = self.directory / ".best.new"
+        partial = self.directory / ".best.partial"
         policy.save_pretrained(partial)
         self.work.tokenizer.save_pretrained(partial)
-        copy_model(partial, self.directory / "best")
+        replace_folder(partial, self.directory / "best")
         kept = {key: value for key, value in metrics.items() if key.startswith(("pm/", "optimum/", "gold/"))}
         write_json(self.path, {"best/step": step, **{f"best/{key}": value for key, value in kept.items()}})
 
@@ -150,8 +150,9 @@ def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: P
         logger.warning("generation.top_p=%s: gradients are biased; metrics use top_p=1", cfg.generation.top_p)
     prompts = [{"prompt": prompt, "prompt_ids": encode_prompt(work.tokenizer, prompt)} for prompt in work.data.prompts]
     if isinstance(cfg.dataset, TextConfig):
-        per_update = cfg.trainer.online.batch_size * cfg.algo.minibatches // cfg.algo.num_generations
-        require_batch(prompts, per_update, "prompts", "trainer.online.batch_size / algo.num_generations")
+        per_row = cfg.algo.num_generations / cfg.algo.minibatches
+        per_update = int(cfg.trainer.online.batch_size / per_row)
+        require_batch(prompts, per_update, "prompts", "trainer.online.batch_size", per_row=per_row)
     return online_trainer(
         parts, policy, work.tokenizer, prompts, cfg.trainer.online,
         max_completion_tokens=cfg.dataset.max_completion_tokens, **places,

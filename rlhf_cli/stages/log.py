@@ -23,8 +23,8 @@ class StageLog:
             self.also(metrics, step)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after `step`: the stage goes on from there."""
-        kept = [line for line in self._lines() if line["step"] <= step and step > 0]
+        """Drop the lines after `step`: the stage goes on from there; -1 drops all."""
+        kept = [line for line in self._lines() if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def replay(self, log: Log) -> None:

@@ -7,26 +7,33 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlhf_cli.config.compose import as_dict, identity
 from rlhf_cli.config.schema import AlignConfig, CommandConfig
-from rlhf_cli.errors import DataError
+from rlhf_cli.data import load
+from rlhf_cli.errors import DataError, UserError
 from rlhf_cli.run import Run, default_name
-from rlhf_cli.store import check_folder
+from rlhf_cli.store import check_folder, read_json
+from rlhf_cli.trainers.common import resolve_device
 
 
 class Session:
     """An open run folder with what commands do to it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, fresh: bool) -> None:
         self.run, self.directory, self.finished, self.log = run, run.directory, run.finished, run.log
+        self.fresh = fresh  # made by this command
 
     def __enter__(self) -> Session:
         self.run.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.run.__exit__(*error)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Close the run; a new one that a user's mistake ended before anything was trained leaves no folder."""
+        self.run.__exit__(kind, error, trace)
+        if isinstance(error, UserError) and self.fresh and not self.run.path("training_log.jsonl").exists():
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def adopt(self, stage: Path, name: str) -> None:
         """Copy a finished stage from the store into the run folder: model/, metrics."""
@@ -39,15 +46,22 @@ def open_run(cfg: CommandConfig, command: str, what: str, overrides: Sequence[st
     """Return the open run folder of a command; a name is made from the config where run_dir is null.
 
     Raises:
-        RunError: the folder cannot be written or belongs to another run.
+        RunError: the folder cannot be written or belongs to another run; the device does not exist.
+        DataError: the dataset cannot be used.
     """
     check_folder(Path(cfg.store_dir), "store_dir")
     quiet_libraries()
     run_identity = {"command": command, **identity(cfg)}
     dataset = cfg.dataset.source
     name = default_name(what, dataset=dataset, model=cfg.model.name, seed=cfg.seed, identity=run_identity)
+    directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name
+    check_folder(directory, "run_dir")
+    if (read_json(directory / "status.json") or {}).get("state") != "finished":
+        resolve_device(cfg.device)  # both refuse here, before anything is written or a tracker starts
+        load(cfg.dataset)
+    fresh = not directory.exists()
     run = Run.open(
-        Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name,
+        directory,
         command=command,
         config=as_dict(cfg),
         identity=run_identity,
@@ -58,7 +72,7 @@ def open_run(cfg: CommandConfig, command: str, what: str, overrides: Sequence[st
         name=name if cfg.run_dir is None else None,
         tags=[dataset, cfg.model.name, f"seed{cfg.seed}"],
     )
-    return Session(run)
+    return Session(run, fresh=fresh)
 
 
 def quiet_libraries() -> None:
@@ -77,12 +91,24 @@ def copy_model(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
+    replace_folder(partial, target)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move a folder to the place of another, which may not exist."""
     shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    source.rename(target)
 
 
-def require_batch(rows: Sequence, batch: int, what: str, key: str) -> None:
+def require_batch(rows: Sequence, batch: int, what: str, key: str, *, per_row: float = 1) -> None:
     """Refuse data that does not fill one batch.
+
+    Args:
+        rows: the data.
+        batch: rows in a batch.
+        what: the rows, in words.
+        key: the config key of the batch size.
+        per_row: what the key counts of a row (responses of a prompt).
 
     Raises:
         DataError: fewer rows than `batch`.
@@ -91,7 +117,7 @@ def require_batch(rows: Sequence, batch: int, what: str, key: str) -> None:
         raise DataError(
             f"{len(rows)} {what} are too few for one batch of {batch}",
             "nothing would be trained",
-            f"add data or set {key}={max(1, len(rows))} or less",
+            f"add data or set {key}={max(1, int(len(rows) * per_row))} or less",
         )
 
 

@@ -123,7 +123,7 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     Args:
         trainer: any transformers trainer.
         reporter: its callback.
-        rewind: called with the step that is gone on from, to drop later log lines.
+        rewind: called with the step that is gone on from, to drop later log lines; -1 for a run from the start.
 
     Raises:
         RunError: nothing was trained.
@@ -131,7 +131,7 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
     checkpoint = latest_checkpoint(Path(trainer.args.output_dir))
-    rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step == 0:
         raise RunError(

@@ -186,19 +186,33 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         batch = TokenBatch(*(inputs[name] for name in ROLLOUT_FIELDS))
         mask = batch.response_mask
         new_logps = logps.token_logps(model, batch, temperature=self.parts.generation.temperature, tree=self.parts.tree)
-        loss = ppo.policy_loss(new_logps, inputs["old_logps"], inputs["advantages"], mask, clip_range=algo.clip_range)
+        share = self._token_share(mask)
+        loss = share * ppo.policy_loss(
+            new_logps, inputs["old_logps"], inputs["advantages"], mask, clip_range=algo.clip_range
+        )
         self._note(policy_loss=loss)
         ratio = (new_logps - inputs["old_logps"]).detach().exp()
-        self._note(clip_fraction=ppo.masked_mean(((ratio - 1).abs() > algo.clip_range).float(), mask))
+        self._note(clip_fraction=share * ppo.masked_mean(((ratio - 1).abs() > algo.clip_range).float(), mask))
         if self.critic is None:
             return loss
         values = self.critic(batch)
-        value_loss = ppo.value_loss(
+        value_loss = share * ppo.value_loss(
             values, inputs["old_values"], inputs["returns"], mask, clip_range=algo.value_clip_range
         )
         moved = ((values - inputs["old_values"]).detach().abs() > algo.value_clip_range).float()
-        self._note(value_loss=value_loss, value_clip_fraction=ppo.masked_mean(moved, mask))
+        self._note(value_loss=value_loss, value_clip_fraction=share * ppo.masked_mean(moved, mask))
         return loss + value_loss  # disjoint parameters: one backward serves both
+
+    def _token_share(self, mask: Tensor) -> float:
+        """Return the tokens of this micro-batch over the mean of its optimizer step's micro-batches.
+
+        The trainer averages micro-batches with equal weight; a mean over all tokens of the step needs this weight.
+        """
+        args = cast(RLOOConfig, self.args)
+        position = self._step % (args.steps_per_generation or 1)
+        first = position - position % args.gradient_accumulation_steps
+        step = self._buffered_inputs[first : first + args.gradient_accumulation_steps]
+        return float(mask.sum() * len(step) / sum(part["response_mask"].sum() for part in step))
 
     def _note(self, **metrics: Any) -> None:
         for key, value in metrics.items():

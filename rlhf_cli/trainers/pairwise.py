@@ -51,7 +51,7 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
                 "chosen_logps_change": change,
             }
         for key, value in shown.items():
-            self._metrics["train" if model.training else "eval"][key].append(float(value))
+            self._metrics["train" if model.training else "eval"][key].append(float(value.detach()))
 
 
 class PairCollator:

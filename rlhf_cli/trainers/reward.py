@@ -30,7 +30,7 @@ class PairRewardTrainer(WholeCheckpoints, RewardTrainer):
         margin = (chosen - rejected).detach()
         shown = {"accuracy": (margin > 0).float().mean(), "margin": margin.mean(), "score/mean": outputs.logits.mean()}
         for key, value in shown.items():
-            self._metrics["train" if model.training else "eval"][key].append(float(value))
+            self._metrics["train" if model.training else "eval"][key].append(float(value.detach()))
         return (loss, outputs) if return_outputs else loss
 
 

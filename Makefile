@@ -1,0 +1,61 @@
+# All set-up lives in .venv, made on first use. Setting up needs the network; nothing after it does.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Every target runs on generated data.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export WANDB_MODE := offline
+# By default glibc returns mid-size tensors to the system and faults them in again at every step. Not set for
+# `benchmark`, which times the command as a user types it.
+demo test conformance: export MALLOC_TRIM_THRESHOLD_ ?= 268435456
+demo test conformance: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test conformance benchmark lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+# The stamp holds what was installed and where, so that a new clone of the same files installs nothing.
+setup: ## Install everything into .venv; the other targets do this by themselves, once
+	@want="$$(cat pyproject.toml constraints.txt | cksum) $(CURDIR)"; \
+	if [ "$$(cat $(READY) 2>/dev/null)" = "$$want" ]; then exit 0; fi; \
+	set -e; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+			echo "Python 3.11 or newer is needed, and $(PYTHON) is not. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+			exit 1; }; \
+		echo "[1/3] environment: $(VENV), $$($(PYTHON) --version)"; \
+		if $(BIN)/python -c '' 2>/dev/null; then $(PYTHON) -m venv $(VENV); else $(PYTHON) -m venv --clear $(VENV); fi; \
+	fi; \
+	rm -f $(READY); \
+	echo "[2/3] PyTorch: the largest download, give it a minute or more"; \
+	$(PIP) torch; \
+	echo "[3/3] rlhf and the other packages"; \
+	$(PIP) -e '.[dev]'; \
+	echo "$$want" > $(READY)
+
+demo: setup ## Align the embedded survey world with four algorithms; prints the table, names the figure
+	$(BIN)/rlhf align -m algo=kl_ppo,pm,dpo,rpo run_dir=runs/demo tracker=none
+
+test: setup ## Run the test suite, whole training runs left out
+	$(BIN)/python -m pytest -m "not slow"
+
+conformance: setup ## Check that each algorithm reaches its own optimum: worlds x seeds (long)
+	$(BIN)/python benchmarks/conformance.py
+
+benchmark: setup ## Time the default job and its peak memory
+	$(BIN)/python benchmarks/default_job.py
+
+lint: setup ## Check style, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean: ## Remove caches and build output; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rlhf_cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""The very small jobs of the integration tests, and how their results are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# The smallest jobs that still go through every line: a second a run.
+SMALL = """
+tracker=none device=cpu model.hidden_size=32 model.ffn_size=64 model.layers=1 model.vocab_size=400
+trainer.sft.max_steps=6 trainer.sft.batch_size=16 trainer.sft.log_every_steps=2
+trainer.rm.max_steps=6 trainer.rm.batch_size=16 trainer.rm.log_every_steps=2
+trainer.online.max_steps=4 trainer.online.batch_size=16 trainer.online.log_every_steps=2
+trainer.online.eval_every_steps=2 trainer.online.save_every_steps=4
+trainer.pairwise.max_steps=4 trainer.pairwise.batch_size=16 trainer.pairwise.log_every_steps=2
+trainer.pairwise.eval_every_steps=2 trainer.pairwise.save_every_steps=4
+""".split()
+SURVEY = ["dataset.questions=2", "dataset.demonstrations=256", "dataset.pairs=512", "dataset.heldout_pairs=64"]
+
+ALGORITHMS = {
+    "pm": ["algo=pm"],
+    "pm_rloo": ["algo=pm", "algo.advantage=rloo"],
+    "pm_closed": ["algo=pm", "algo.alpha=null", "dataset.closed_vocabulary=true", "reward=gold"],
+    "kl_ppo": ["algo=kl_ppo"],
+    "dpo": ["algo=dpo"],
+    "rpo": ["algo=rpo"],
+    "dpm": ["algo=dpm"],
+}
+
+
+def job(command: str, *overrides: str, run_dir: Path, store: Path, config_dir: Path | None = None) -> Path:
+    """Run one small job of the survey world in this process and return its run folder."""
+    from rlhf_cli import jobs
+
+    places = [f"run_dir='{run_dir}'", f"store_dir='{store}'"]
+    return jobs.run_one(command, [*SMALL, *SURVEY, *places, *overrides], config_dir)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    """Return the names in a folder, hidden ones too."""
+    return {path.name for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Return the tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def gap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the largest difference of two sets of tensors; they must have the same names."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
+
+
+def sft_folder(store: Path, run_dir: Path) -> Path:
+    """Return the SFT policy in the store that a run started from."""
+    asked = read_json(run_dir / "manifest.json")["identity"]
+    for folder in (store / "sft").iterdir():
+        kept = read_json(folder / "identity.json")
+        same = [kept["seed"] == asked["seed"], kept["model"] == asked["model"], kept["sft"] == asked["trainer"]["sft"]]
+        if all(same) and kept["dataset"].items() <= asked["dataset"].items():
+            return folder
+    raise AssertionError(f"no SFT policy of {run_dir} in {store}")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BOS, EOS, PAD, VOCAB, tiny_policy
+
+from rlhf_cli.models.logps import frozen_token_logps, vocabulary_logps
+from rlhf_cli.models.prefix_tree import PrefixTree
+from rlhf_cli.models.sampling import draw, sample, trim
+from rlhf_cli.models.tokens import collate, pad_left
+
+POLICY = tiny_policy()
+PROMPTS = [[BOS, 4, 5, 6, 7], [BOS, 8], [BOS, 9, 4, 4]]
+ANSWERS = [[5, EOS], [5, 6, EOS], [7, 7, 7, EOS], [8, EOS]]
+TREE = PrefixTree([(prompt, answer) for prompt in PROMPTS for answer in ANSWERS], VOCAB, PAD)
+DRAWS = 4000
+
+
+def sampled(prompts: list[list[int]], *, seed: int = 0, **changes: Any) -> list[list[int]]:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_ids": [EOS], "pad_id": PAD
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return sample(POLICY, prompts, **{**settings, **changes})
+
+
+def total_variation(found: list[list[int]], expected: dict[tuple[int, ...], float]) -> float:
+    counts = Counter(map(tuple, found))
+    keys = counts.keys() | expected.keys()
+    return 0.5 * sum(abs(counts[key] / len(found) - expected.get(key, 0.0)) for key in keys)
+
+
+def two_token_distribution(prompt: list[int], temperature: float) -> dict[tuple[int, ...], float]:
+    """Exact probabilities of every response of at most two tokens, cut there."""
+    responses = [[EOS]] + [[a, b] for a, b in product(range(VOCAB), repeat=2) if a != EOS]
+    batch = collate([prompt] * len(responses), responses, PAD)
+    logps = frozen_token_logps(POLICY, batch, temperature=temperature, tree=None).sum(-1)
+    return {tuple(ids): p for ids, p in zip(responses, logps.exp().tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_the_log_probs_at_the_same_temperature(temperature: float) -> None:
+    # Prompts of unequal length in one batch. A TV of .5 sum sqrt(p (1-p) 2 / (pi n)) is expected from chance alone.
+    found = sampled([prompt for prompt in PROMPTS for _ in range(DRAWS)], max_new_tokens=2, temperature=temperature)
+    for number, prompt in enumerate(PROMPTS):
+        exact = two_token_distribution(prompt, temperature)
+        assert sum(exact.values()) == pytest.approx(1.0, abs=1e-4)
+        chance = 0.5 * sum((p * (1 - p) * 2 / (torch.pi * DRAWS)) ** 0.5 for p in exact.values())
+        rows = found[number * DRAWS : (number + 1) * DRAWS]
+        assert total_variation(rows, exact) < 1.3 * chance
+        other = two_token_distribution(prompt, 0.6 if temperature == 1.0 else 1.0)
+        assert total_variation(rows, other) > 2 * chance  # the test could tell another temperature apart
+
+
+def test_at_a_low_temperature_it_is_greedy_generate() -> None:
+    ids, mask = pad_left(PROMPTS, PAD)
+    generated = POLICY.generate(
+        input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD
+    )
+    found = sampled(PROMPTS, temperature=1e-4, max_new_tokens=8)
+    assert found == trim(generated[:, ids.shape[1] :], [EOS])
+    assert found == [sampled([prompt], temperature=1e-4, max_new_tokens=8)[0] for prompt in PROMPTS]
+
+
+def test_greedy_tokens_are_the_most_likely_ones() -> None:
+    found = sampled(PROMPTS, temperature=1e-4)
+    batch = collate(PROMPTS, found, PAD)
+    with torch.no_grad():
+        best = vocabulary_logps(POLICY, batch, temperature=1.0, tree=None).argmax(-1)
+    assert torch.equal(best[batch.response_mask], batch.response_ids[batch.response_mask])
+
+
+def test_responses_end_with_end_of_sequence_or_are_cut() -> None:
+    found = sampled(PROMPTS * 100)
+    assert all(EOS not in ids[:-1] and 1 <= len(ids) <= 6 for ids in found)
+    assert all(ids[-1] == EOS or len(ids) == 6 for ids in found)
+    assert any(ids[-1] == EOS for ids in found)
+    assert any(ids[-1] != EOS for ids in found)
+
+
+def test_any_of_several_end_tokens_ends_a_response() -> None:
+    found = sampled(PROMPTS * 100, eos_ids=[EOS, 7])
+    assert all(not {EOS, 7} & set(ids[:-1]) for ids in found)
+    assert {ids[-1] for ids in found if len(ids) < 6} == {EOS, 7}
+
+
+def test_the_seed_alone_decides() -> None:
+    assert sampled(PROMPTS * 10) == sampled(PROMPTS * 10)
+    assert sampled(PROMPTS * 10) != sampled(PROMPTS * 10, seed=1)
+
+
+def test_a_closed_vocabulary_gives_valid_answers_with_their_probabilities() -> None:
+    found = sampled([prompt for prompt in PROMPTS for _ in range(DRAWS)], tree=TREE)
+    assert {tuple(ids) for ids in found} == {tuple(ids) for ids in ANSWERS}
+    for number, prompt in enumerate(PROMPTS):
+        batch = collate([prompt] * len(ANSWERS), ANSWERS, PAD)
+        exact = frozen_token_logps(POLICY, batch, temperature=1.0, tree=TREE).sum(-1).exp().tolist()
+        expected = {tuple(ids): p for ids, p in zip(ANSWERS, exact, strict=True)}
+        assert total_variation(found[number * DRAWS : (number + 1) * DRAWS], expected) < 0.03
+
+
+# -- one token ---------------------------------------------------------------------------------------------------------
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.25, 0.3])
+
+
+def shares(top_p: float) -> list[float]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = draw(PROBABILITIES.log().expand(20_000, 4), top_p)
+    return (torch.bincount(tokens, minlength=4) / len(tokens)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [
+        (1.0, [0.05, 0.4, 0.25, 0.3]),
+        (0.9, [0.0, 0.4 / 0.95, 0.25 / 0.95, 0.3 / 0.95]),  # .4 + .3 < .9: the .25 that crosses it stays
+        (0.6, [0.0, 4 / 7, 0.0, 3 / 7]),
+        (0.39, [0.0, 1.0, 0.0, 0.0]),
+        (1e-6, [0.0, 1.0, 0.0, 0.0]),  # never empty
+    ],
+)
+def test_top_p_keeps_the_nucleus(top_p: float, expected: list[float]) -> None:
+    found = shares(top_p)
+    assert found == pytest.approx(expected, abs=0.015)
+    assert [share == 0 for share in found] == [share == 0 for share in expected]
+
+
+def test_top_p_restricts_whole_responses() -> None:
+    narrow, wide = (sampled([PROMPTS[0]] * 500, top_p=top_p) for top_p in (0.3, 1.0))
+    assert {ids[0] for ids in narrow} < {ids[0] for ids in wide}
+
+
+def test_rows_are_trimmed_after_their_first_end_token() -> None:
+    rows = torch.tensor([[4, EOS, PAD, PAD], [EOS, 4, EOS, PAD], [4, 5, 6, 7], [4, 5, 6, EOS]])
+    assert trim(rows, [EOS]) == [[4, EOS], [EOS], [4, 5, 6, 7], [4, 5, 6, EOS]]
+    assert trim(rows, [EOS, 5]) == [[4, EOS], [EOS], [4, 5], [4, 5]]
