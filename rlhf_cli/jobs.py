@@ -138,9 +138,10 @@ class Job:
         task, config_dir = compose.with_base(self.command, task, self.config_dir)
         cfg = compose.load(self.command, task, config_dir)
         if cfg.run_dir is not None and name and not re.search(r"(^|,)run_dir=", name):
-            folder = (Path(cfg.run_dir) / name).as_posix().replace("'", "\\'")
-            task = [text for text in task if not text.startswith("run_dir=")] + [f"run_dir='{folder}'"]
-        return run_one(self.command, task, config_dir)
+            cfg.run_dir = (Path(cfg.run_dir) / name).as_posix()
+            quoted = cfg.run_dir.replace("'", "\\'")
+            task = [text for text in task if not text.startswith("run_dir=")] + [f"run_dir='{quoted}'"]
+        return run_stage(self.command, cfg, task, config_dir)
 
 
 def multirun(command: str, overrides: list[str], config_dir: Path | None) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ HOOKS = [
     ),
     (Trainer, "_save_checkpoint", ["model", "trial"], "WholeCheckpoints adds the critic and marks a checkpoint whole"),
     (Trainer, "_load_optimizer_and_scheduler", ["checkpoint"], "OnlineTrainer loads critic and cost weight with it"),
+    (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit adopts a checkpoint of the last step"),
     (Trainer, "create_optimizer", ["model"], "OnlineTrainer steps the critic from a hook on the policy's optimizer"),
 ]
 BASE: dict[str, Any] = {
@@ -139,6 +140,7 @@ class OnlineProbe(RLOOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         self.asked.append(("loss", inputs["input_ids"]))
+        assert inputs is self._buffered_inputs[self._step % 2], "_token_share finds the micro-batch by _step"
         logits = model(input_ids=inputs["input_ids"]).logits
         assert logits.shape == (2, 4, SHAPE["vocab_size"]), "models/logps.py reads full logits from the wrapped model"
         self._metrics["train"]["probe"].append(1.0)
@@ -220,21 +222,40 @@ def test_online_optimizer_hook_runs_after_each_step(online: dict[str, OnlineProb
     assert [name for name, _ in online["first"].asked].count("step") == 8
 
 
+def test_online_micro_batches_are_averaged_with_equal_weight(tmp_path: Path, tokenizer: Any) -> None:
+    """OnlineTrainer._token_share turns this into a mean over all tokens of the optimizer step."""
+    gradients: list[float] = []
+    policy: Any = _policy()
+    bias = policy.model.decoder.final_layer_norm.bias
+
+    class Probe(OnlineProbe):
+        def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+            return (1.0, 3.0)[self._step % 2] * bias.sum()
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.register_step_pre_hook(lambda *_: gradients.append(float(bias.grad[0])))
+            return optimizer
+
+    settings = BASE | {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "output_dir": str(tmp_path)}
+    args = RLOOConfig(**settings, beta=0.0, num_generations=2, steps_per_generation=2, generation_batch_size=None)
+    rows = Dataset.from_list([{"prompt": word, "prompt_ids": [4]} for word in "ab"])
+    Probe(model=policy, args=args, train_dataset=rows, processing_class=tokenizer).train()
+    assert gradients == [2.0]
+
+
 def test_online_metrics_reach_the_log(online: dict[str, OnlineProbe]) -> None:
     assert [entry["probe"] for entry in online["first"].state.log_history if "probe" in entry] == [1.0] * 8
 
 
 def test_online_resume_loads_before_the_first_rollout(online: dict[str, OnlineProbe]) -> None:
-    """A checkpoint on a rollout boundary goes on with a fresh rollout from the next rows."""
     asked = online["second"].asked
     assert asked[0][0] == "load"
     assert str(asked[0][1]).endswith("checkpoint-4")
     assert [(name, sorted(rows)) for name, rows in asked if name == "rollout"] == [("rollout", [[4], [5], [6], [7]])]
 
 
-def test_pairwise_trainer_gives_our_loss_our_batch_and_reference(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_pairwise_trainer_gives_our_loss_our_batch_and_reference(tmp_path: Path, tokenizer: Any) -> None:
     class Probe(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
@@ -259,7 +280,6 @@ def test_pairwise_trainer_gives_our_loss_our_batch_and_reference(
 
 
 def test_reward_trainer_takes_token_ids_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """No end-of-sequence is appended to ids, and a batch is chosen on top of rejected."""
     rows = Dataset.from_list([{"chosen_ids": [4, 5, EOS], "rejected_ids": [6, EOS]}] * 2)
     args = RewardConfig(**BASE, output_dir=str(tmp_path), max_length=None)
     model = OPTForSequenceClassification(OPTConfig(**SHAPE | {"num_labels": 1, "pad_token_id": 1}))
@@ -271,11 +291,9 @@ def test_reward_trainer_takes_token_ids_as_they_are(tmp_path: Path, tokenizer: P
 
 
 def test_sft_trainer_takes_labels_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """With skip_prepare_dataset the loss is on our labels alone."""
     rows = Dataset.from_list([{"input_ids": [4, 5, 6, EOS], "labels": [-100, -100, 6, EOS]}] * 2)
-    args = SFTConfig(
-        **BASE, output_dir=str(tmp_path), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-    )  # fmt: skip
+    skip = {"skip_prepare_dataset": True}
+    args = SFTConfig(**BASE, output_dir=str(tmp_path), max_length=None, dataset_kwargs=skip)
     trainer = SFTTrainer(_policy(), args, train_dataset=rows, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].tolist() == [[4, 5, 6, EOS]] * 2

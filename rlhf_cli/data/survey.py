@@ -20,7 +20,7 @@ from rlhf_cli.errors import ConfigError
 MIN_ANSWERS, MAX_ANSWERS = 4, 8
 PEOPLE_MAJORITY = (0.38, 0.55)  # share of the most popular answer
 PEOPLE_MINORITY = (0.02, 0.04)  # share of the rarest answer
-WRITER_HABIT = (0.35, 0.5)  # how often the writer gives the answer they are used to
+WRITER_HABIT = (0.38, 0.54)  # how often the writer gives the answer they are used to
 WRITER_FLOOR = 0.06  # the writer's rarest answer: above alpha, so that preference matching can match it
 SEVERAL_EVERY = 2  # every second question has several wordings
 TRAINED_WORDINGS = 3  # of such a question; one more is held out of all training
@@ -75,7 +75,7 @@ def make_world(cfg: SurveyConfig) -> SurveyWorld:
         count = int(rng.integers(MIN_ANSWERS, MAX_ANSWERS + 1))
         answers = tuple(topic["answers"][i] for i in sorted(rng.permutation(MAX_ANSWERS)[:count]))
         people = _people_shares(rng, count)
-        writer = _writer_shares(rng, people)
+        writer = _writer_shares(rng, people, shares_majority=index % 2 == 0)
         templates = [bank["templates"][i] for i in rng.permutation(len(bank["templates"]))]
         several = index % SEVERAL_EVERY == 1
         wordings = [(template, number == TRAINED_WORDINGS) for number, template in enumerate(templates)]
@@ -96,16 +96,21 @@ def _people_shares(rng: np.random.Generator, count: int) -> tuple[float, ...]:
     return tuple(float(share) for share in rng.permutation([*frequent, rarest]))
 
 
-def _writer_shares(rng: np.random.Generator, people: tuple[float, ...]) -> tuple[float, ...]:
-    """Return the writer's habits: the favourite is an answer most people do not prefer, none is below the floor."""
+def _writer_shares(rng: np.random.Generator, people: tuple[float, ...], *, shares_majority: bool) -> tuple[float, ...]:
+    """Return the writer's habits, which differ from the people's shares; no answer is below the floor.
+
+    Args:
+        people: the people's shares.
+        shares_majority: True: the writer's habit is the people's favourite, so that a policy biased by the writer
+            collapses on the majority. False: it is an answer most people do not prefer, so that it is led astray.
+    """
     count = len(people)
-    favourite = int(rng.choice(np.argsort(people)[: count // 2]))
+    by_share = np.argsort(people)
+    favourite = int(by_share[-1]) if shares_majority else int(rng.choice(by_share[: count // 2]))
     habit = rng.uniform(*WRITER_HABIT)
     rest = rng.dirichlet(np.full(count - 1, 2.0)) * (1 - habit - WRITER_FLOOR * (count - 1)) + WRITER_FLOOR
-    shares = np.insert(rest, favourite, habit)
-    top = int(shares.argmax())
-    shares[[favourite, top]] = shares[[top, favourite]]  # a rest may outweigh the habit: the favourite comes first
-    return tuple(float(share) for share in shares)
+    rest = np.minimum(rest, 0.8 * habit)  # the habit stays the favourite; it takes what this leaves
+    return tuple(float(share) for share in np.insert(rest, favourite, 1 - rest.sum()))
 
 
 def load_survey(cfg: SurveyConfig) -> PreferenceData:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.errors import RunError
@@ -132,7 +132,8 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     trainer.add_callback(reporter)
     checkpoint = latest_checkpoint(Path(trainer.args.output_dir))
     rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is None or not _adopt_finished(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step == 0:
         raise RunError(
             f"{reporter.title} trained 0 steps",
@@ -140,3 +141,13 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
             "lower the batch size or add data",
         )
     return trainer.state.global_step
+
+
+def _adopt_finished(trainer: Any, checkpoint: Path) -> bool:
+    """Load a checkpoint after whose step there is nothing left to train: `train` would do one step more."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True

@@ -211,7 +211,7 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         args = cast(RLOOConfig, self.args)
         position = self._step % (args.steps_per_generation or 1)
         first = position - position % args.gradient_accumulation_steps
-        step = self._buffered_inputs[first : first + args.gradient_accumulation_steps]
+        step = cast(Any, self._buffered_inputs)[first : first + args.gradient_accumulation_steps]
         return float(mask.sum() * len(step) / sum(part["response_mask"].sum() for part in step))
 
     def _note(self, **metrics: Any) -> None:

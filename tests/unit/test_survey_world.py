@@ -67,13 +67,17 @@ def test_the_people_have_a_majority_and_real_minorities(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_writer_s_favourite_is_not_the_people_s_and_every_answer_is_written(seed: int) -> None:
+def test_the_writer_shares_the_majority_or_leans_to_a_minority_and_writes_every_answer(seed: int) -> None:
     for question in world(seed).questions:
         people, writer = np.array(question.people), np.array(question.writer)
         assert writer.sum() == pytest.approx(1.0, abs=1e-12)
         assert writer.min() >= module.WRITER_FLOOR - 1e-12
-        assert 0.35 <= writer.max() <= 0.56
-        assert (people > people[writer.argmax()]).sum() >= len(people) / 2  # among the less popular half
+        assert 0.38 <= writer.max() <= 0.6
+        assert np.sort(writer)[-2] <= 0.8 * writer.max() + 1e-12  # the habit is clear
+        if question.index % 2 == 0:
+            assert writer.argmax() == people.argmax()
+        else:
+            assert (people > people[writer.argmax()]).sum() >= len(people) / 2  # among the less popular half
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,0 +1,102 @@
+"""All four commands on real-text data: dialogues in the HH form, and plain preference rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_jobs import SMALL, read_json, read_lines, write_lines
+from typer.testing import Result
+
+from rlhf_cli.metrics.glossary import known
+
+Rlhf = Callable[..., Result]
+TEXT = ["dataset.max_prompt_tokens=40", "dataset.max_completion_tokens=12"]
+TEXT += ["dataset.eval_prompts=8", "dataset.eval_samples=2", "trainer.sft.batch_size=8", "trainer.rm.batch_size=8"]
+LONG = 5  # rows whose prompt does not fit
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def rows(count: int = 80) -> list[dict[str, str]]:
+    """Return questions about numbers with a friendly and a rude answer, the last `LONG` with endless prompts."""
+    rng = random.Random(0)
+    made = []
+    for number in range(count):
+        topic = rng.choice(["tea", "rain", "chess", "Zürich", "bread"])
+        question = f"What about {topic} {number}?" if number < count - LONG else f"{number} " + "Why? " * 60
+        made.append({"prompt": question, "chosen": f"I like {topic}.", "rejected": f"{topic}? No!"})
+    return made
+
+
+def dialogue(row: dict[str, str], side: str) -> str:
+    return f"\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}"
+
+
+@pytest.fixture(params=["hh_rlhf", "preferences"])
+def dataset(request: pytest.FixtureRequest, rlhf: Rlhf) -> list[str]:
+    """The overrides of a dataset with its file in the working directory."""
+    if request.param == "preferences":
+        write_lines(Path("rows.jsonl"), rows())
+        return [*TEXT, "dataset=preferences", "dataset.path=rows.jsonl"]
+    lines = [json.dumps({side: dialogue(row, side) for side in ("chosen", "rejected")}) for row in rows()]
+    Path("rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    return [*TEXT, "dataset=hh_rlhf", "dataset.path=rows.jsonl.gz"]
+
+
+def finite(run: str) -> dict[str, Any]:
+    """Return the metrics of a run, all of them known and finite."""
+    metrics = read_json(Path(run) / "metrics.json")
+    for line in (metrics, *read_lines(Path(run) / "training_log.jsonl")) if run != "evaluate" else (metrics,):
+        assert [key for key in line if not known(key)] == []
+        assert [key for key, value in line.items() if value is None or not math.isfinite(value)] == []
+    return metrics
+
+
+def test_all_commands(rlhf: Rlhf, dataset: list[str]) -> None:
+    def run(command: str, name: str, *overrides: str) -> dict[str, Any]:
+        result = rlhf(command, *SMALL, *dataset, *overrides, f"run_dir={name}", "store_dir=store")
+        assert result.exit_code == 0, result.output
+        return finite(name)
+
+    assert run("train-sft", "sft")["data/dropped/prompt_too_long"] >= LONG
+    assert 0 <= run("train-rm", "rm")["rm/accuracy"] <= 1
+    for algo in ("pm", "dpo"):
+        metrics = run("align", algo, f"algo={algo}")
+        assert 0 < metrics["pm/pair_tv"] < 1
+        assert metrics["pm/divergence"] > 0
+        for key in ("pm/pair_tv", "pm/divergence", "reward/mean", "kl/sequence", "entropy/per_token", "length/mean"):
+            assert metrics[f"{key}/lo"] <= metrics[key] <= metrics[f"{key}/hi"]
+            assert metrics[f"{key}/n"] >= 5
+        assert 0 <= metrics["eos_rate"] <= 1
+        assert metrics["length/mean"] <= 12
+        assert metrics["data/dropped/prompt_too_long"] >= LONG
+        assert "pm/tv" not in metrics
+        assert not Path(algo, "distributions.json").exists()
+        completions = read_lines(Path(algo, "completions.jsonl"))
+        assert len(completions) == 2 * metrics["reward/mean/n"]
+        assert all("\ufffd" not in row["prompt"] for row in completions)
+    metrics = run("evaluate", "evaluate", "policy=pm")
+    assert metrics["pm/pair_tv"] == pytest.approx(read_json(Path("pm/metrics.json"))["pm/pair_tv"], abs=1e-5)
+    result = rlhf("compare", "pm", "dpo")
+    assert result.exit_code == 0, result.output
+
+
+def test_data_counts_the_rows(rlhf: Rlhf, dataset: list[str]) -> None:
+    result = rlhf("data", *dataset)
+    assert result.exit_code == 0, result.output
+    counts = {name: int(count) for count, name in (line.split(maxsplit=1) for line in result.stdout.splitlines())}
+    assert sum(counts[name] for name in ("demonstrations", "reward_pairs", "policy_pairs", "heldout_pairs")) == 80
+
+
+def test_a_dataset_named_as_the_other_form_is_recognised(rlhf: Rlhf) -> None:
+    write_lines(Path("rows.jsonl"), rows())
+    result = rlhf("data", "dataset=hh_rlhf", "dataset.path=rows.jsonl")
+    assert result.exit_code == 2
+    assert "these rows look like dataset=preferences" in result.stderr
