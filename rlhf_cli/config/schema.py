@@ -192,7 +192,7 @@ class TrackerConfig:
 class CommandConfig:
     """What every command has."""
 
-    seed: int = setting(ge=0)
+    seed: int = setting(ge=0, le=2**32 - 1)
     run_dir: str | None = setting(identity=False)
     store_dir: str = setting(identity=False)
     device: str = setting(choices=["auto", "cpu", "cuda"], identity=False)

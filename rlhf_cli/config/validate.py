@@ -20,6 +20,7 @@ from rlhf_cli.config.schema import (
     CommandConfig,
     DatasetConfig,
     EvaluateConfig,
+    GenerationConfig,
     OnlineAlgoConfig,
     OnlineTraining,
     StageTraining,
@@ -201,7 +202,7 @@ def check_range(key: str, value: Any, metadata: Mapping[str, Any], where: str) -
         raise ConfigError(f"{key}={value} (set {where}) is not a finite number")
     limits = [(BOUNDS[name], bound) for name, bound in metadata.items() if name in BOUNDS]
     if any(not holds(value, bound) for (_, holds), bound in limits):
-        rule = " and ".join(f"{sign} {bound:g}" for (sign, _), bound in limits)
+        rule = " and ".join(f"{sign} {bound}" for (sign, _), bound in limits)
         raise ConfigError(f"{key}={value} (set {where}) is out of range", f"It must be {rule}")
     choices = metadata.get("choices")
     if choices is not None and value not in choices:
@@ -226,6 +227,19 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_gold(command, cfg.dataset)
     if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
         _check_online(cfg.algo, cfg.trainer.online)
+    if hasattr(cfg, "generation") and cfg.generation.sampler == "generate":
+        _check_generate(cfg.dataset)
+    if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
+        _check_closed(cfg.generation)
+
+
+def _check_closed(generation: GenerationConfig) -> None:
+    if generation.sampler == "generate":
+        raise ConfigError(
+            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
+            "Only the lean sampler restricts itself to the valid answers",
+            "Use generation.sampler=auto",
+        )
 
 
 def _check_stage(key: str, stage: StageTraining) -> None:
@@ -269,6 +283,15 @@ def _check_gold(command: str, dataset: DatasetConfig) -> None:
             f"reward=gold needs dataset=survey, not {dataset.source}",
             "Only there the true reward is known",
             "Use reward=bt",
+        )
+
+
+def _check_generate(dataset: DatasetConfig) -> None:
+    if isinstance(dataset, SurveyConfig) and dataset.closed_vocabulary:
+        raise ConfigError(
+            "generation.sampler=generate does not go with dataset.closed_vocabulary=true",
+            "It would sample responses that the closed vocabulary gives no probability",
+            "Use generation.sampler=auto",
         )
 
 

@@ -151,11 +151,13 @@ class PairMeasure:
 
     Args:
         pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}.
-        reward, reward_clip: as in training.
+        reference, reward, reward_clip: as in training.
         sampling: how log-probs are read.
     """
 
-    def __init__(self, pairs: list, reward: Reward, *, reward_clip: float | None, sampling: Sampling) -> None:
+    def __init__(
+        self, pairs: list, reference: Any, reward: Reward, *, reward_clip: float | None, sampling: Sampling
+    ) -> None:
         prompts = [pair["prompt_ids"] for pair in pairs] * 2
         responses = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         self.batch = collate(prompts, responses, sampling.pad_id, sampling.device)
@@ -163,17 +165,26 @@ class PairMeasure:
         scores = torch.cat([reward(prompts[i : i + 256], responses[i : i + 256]) for i in range(0, len(prompts), 256)])
         clipped = scores if reward_clip is None else scores.clamp(-reward_clip, reward_clip)
         self.preference = _first_wins(clipped.float())
+        self.reference_logps = self._logps(reference)
+
+    def _logps(self, policy: Any) -> Tensor:
+        how = self.sampling
+        return logps.frozen_token_logps(
+            policy, self.batch, temperature=how.temperature, tree=how.tree, micro_batch=how.micro_batch
+        ).sum(-1)
 
     def metrics(self, policy: Any) -> dict[str, float]:
-        """Return pm/pair_tv with its interval, and the perplexity per token of the chosen responses."""
-        how = self.sampling
-        token_logps = logps.frozen_token_logps(
-            policy, self.batch, temperature=how.temperature, tree=how.tree, micro_batch=how.micro_batch
-        )
-        gaps = (self.preference - _first_wins(token_logps.sum(-1))).abs()
-        chosen = self.batch.response_mask.chunk(2)[0]
-        nll = -token_logps.chunk(2)[0].sum() / chosen.sum()
-        return {**interval("pm/pair_tv", gaps.cpu().numpy()), "perplexity/chosen": float(nll.clamp(max=80).exp())}
+        """Return pm/pair_tv with its interval; of the chosen responses perplexity, log-prob and its change."""
+        ours = self._logps(policy)
+        gaps = (self.preference - _first_wins(ours)).abs()
+        chosen, before = ours.chunk(2)[0], self.reference_logps.chunk(2)[0]
+        tokens = self.batch.response_mask.chunk(2)[0].sum()
+        return {
+            **interval("pm/pair_tv", gaps.cpu().numpy()),
+            "perplexity/chosen": float((-chosen.sum() / tokens).clamp(max=80).exp()),
+            "chosen_logps": float(chosen.mean()),
+            "chosen_logps_change": float((chosen - before).mean()),
+        }
 
 
 def _first_wins(values: Tensor) -> Tensor:

@@ -23,7 +23,16 @@ from rlhf_cli.trainers.common import Reporter, fit
 logger = logging.getLogger(__name__)
 
 SHOWN = ["pm/tv", "pm/kl_rm_policy", "pm/minority_mass", "pm/minority_mass_target", "pm/offset_mass"]
-SHOWN += ["optimum/tv", "gold/tv", "pm/pair_tv", "pm/divergence", "reward/mean", "kl/sequence", "eos_rate"]
+SHOWN += [
+    "optimum/tv",
+    "gold/tv",
+    "pm/pair_tv",
+    "pm/divergence",
+    "reward/mean",
+    "kl/sequence",
+    "eos_rate",
+    "chosen_logps_change",
+]
 CURVES = ["pm/tv", "pm/minority_mass", "pm/offset_mass"]
 
 

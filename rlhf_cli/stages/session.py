@@ -131,10 +131,31 @@ def summary(session: Session, keys: Sequence[str]) -> None:
         if value is not None:
             worst = metrics.get(f"{key}_max")
             say(f"  {key:<24} {value:8.4f}" + (f"   worst {worst:.4f}" if worst is not None else ""))
+    for line in warnings_of(metrics):
+        say(f"  watch out: {line}")
     say(f"run folder: {session.directory}  (metrics.json, training_log.jsonl, model/)")
     where = session.run.tracker.where
     if where:
         say(f"tracker: {where}")
+
+
+def warnings_of(metrics: dict[str, float | None]) -> list[str]:
+    """Return what a reader of these metrics should not overlook, one sentence each."""
+
+    def value(key: str) -> float:
+        return metrics.get(key) or 0.0
+
+    worst_kl, worst_off = value("pm/kl_rm_policy_max"), value("pm/offset_mass_max")
+    endless = 1 - value("eos_rate") if metrics.get("eos_rate") is not None else 0.0
+    found = {
+        f"on its worst question {worst_off:.0%} of the policy's mass is on text that is no valid answer": worst_off
+        > 0.1,
+        f"on its worst question an answer people give is nearly gone (forward KL {worst_kl:.1f} nats)": worst_kl > 1,
+        f"the log-prob of chosen responses fell by {-value('chosen_logps_change'):.1f} nats (DPO does this; algo=rpo "
+        "holds it)": value("chosen_logps_change") < -1,
+        f"{endless:.0%} of the responses do not end within dataset.max_completion_tokens": endless > 0.5,
+    }
+    return [sentence for sentence, holds in found.items() if holds]
 
 
 def say(line: str) -> None:

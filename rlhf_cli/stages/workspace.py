@@ -117,7 +117,7 @@ def prepare(cfg: AlignConfig, sft: Path, rm: Path | None) -> Workspace:
             seed=cfg.seed,
             **shared,
         ),  # fmt: skip
-        pairs=PairMeasure(heldout, reward, reward_clip=cfg.reward.clip, sampling=how),
+        pairs=PairMeasure(heldout, reference, reward, reward_clip=cfg.reward.clip, sampling=how),
     )
 
 

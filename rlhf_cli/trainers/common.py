@@ -98,6 +98,7 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+        self._require_finite(kwargs["model"], state.global_step)
         at_eval = self.eval_every_steps and state.global_step % self.eval_every_steps == 0
         if self.evaluate is not None and (at_eval or state.global_step == state.max_steps):
             metrics = self.evaluate(state.global_step)
@@ -105,6 +106,15 @@ class Reporter(TrainerCallback):
             shown = {key: f"{metrics[key]:.3f}" for key in ("pm/tv", "pm/pair_tv", "pm/offset_mass") if key in metrics}
             if self.bar is not None:
                 self.bar.set_postfix(shown)
+
+    def _require_finite(self, model: Any, step: int) -> None:
+        totals = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
+        if not bool(totals.isfinite().all()):
+            raise RunError(
+                f"{self.title} diverged: after step {step} its weights are not finite",
+                "",
+                "lower the learning_rate of this stage (trainer.sft, rm, online or pairwise)",
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         skipped = ("epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second")
