@@ -9,10 +9,6 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := offline
-# By default glibc returns mid-size tensors to the system and faults them in again at every step. Not set for
-# `benchmark`, which times the command as a user types it.
-demo test conformance: export MALLOC_TRIM_THRESHOLD_ ?= 268435456
-demo test conformance: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test conformance benchmark lint clean

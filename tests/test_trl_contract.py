@@ -42,6 +42,7 @@ HOOKS = [
         "PairRewardTrainer.pair_loss, the seam of rlhf_cli/rewards",
     ),
     (Trainer, "_save_checkpoint", ["model", "trial"], "WholeCheckpoints adds the critic and marks a checkpoint whole"),
+    (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit takes the weights of a finished one"),
     (Trainer, "_load_optimizer_and_scheduler", ["checkpoint"], "OnlineTrainer loads critic and cost weight with it"),
     (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit adopts a checkpoint of the last step"),
     (Trainer, "create_optimizer", ["model"], "OnlineTrainer steps the critic from a hook on the policy's optimizer"),

@@ -33,7 +33,7 @@ class Algorithm:
     Args:
         name: of yaml, module and tracker group.
         family: "online" (samples from the policy) or "pairwise" (learns from pairs).
-        effective_reference: (ref_token_logps, config) -> e_t of math.md §2, the one seam of every regulariser.
+        effective_reference: (ref_token_logps, config) -> e_t, the one seam of every regulariser.
         pair_loss: pairwise only: (PairLogps, config) -> {"loss": scalar, term to be logged: scalar, ...}.
         has_optimum: False where no closed-form optimum is known (rpo).
     """

@@ -24,7 +24,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     """Return the DPO loss of each pair, (B,).
 
     -log sigmoid(beta [(log pi_w - log pi_ref,w) - (log pi_l - log pi_ref,l)])           (arXiv:2305.18290, eq. 7)
-    With effective references in place of log pi_ref it is direct preference matching (math.md §2).
+    With effective references in place of log pi_ref it is direct preference matching (docs/paper_index.md).
 
     Args:
         chosen, rejected: log pi of whole responses, nats, (B,).

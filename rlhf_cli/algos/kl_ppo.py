@@ -1,4 +1,4 @@
-"""KL-regularised RLHF: optimum pi_ref * exp(r / beta). Preference matching's alpha = 1 (math.md §2)."""
+"""KL-regularised RLHF: optimum pi_ref * exp(r / beta). Preference matching's alpha = 1 (docs/paper_index.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mathematics every on-policy algorithm shares (math.md §3; official PM code of arXiv 2405.16455)."""
+"""The mathematics every on-policy algorithm shares (docs/paper_index.md; official PM code of arXiv 2405.16455)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def token_rewards(
     """Return the reward of each response token, (B, T); 0 where masked.
 
     R_t = -beta (log pi(y_t|.) - e_t), plus clip(r, -reward_clip, reward_clip) on the last token
-    (arXiv:2405.16455, official code `compute_rewards`; e_t as in math.md §2).
+    (arXiv:2405.16455, official code `compute_rewards`; e_t from the algorithm).
 
     Args:
         token_logps: log pi of each response token at sampling, nats, (B, T).

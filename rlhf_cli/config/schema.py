@@ -49,7 +49,7 @@ class AlgoConfig:
 
 @dataclass
 class OnlineAlgoConfig(AlgoConfig):
-    """Settings of the on-policy algorithms (arXiv 2405.16455 and its official code; math.md §3)."""
+    """Settings of the on-policy algorithms (arXiv 2405.16455 and its official code; docs/paper_index.md)."""
 
     advantage: str = setting(choices=["gae", "rloo"])
     gamma: float = setting(ge=0, le=1)

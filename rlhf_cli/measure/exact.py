@@ -1,4 +1,4 @@
-"""Exact metrics of a policy on prompts whose responses can be enumerated (math.md §6)."""
+"""Exact metrics of a policy on prompts whose responses can be enumerated (docs/paper_index.md)."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def summarise(per_prompt: dict[str, Tensor], trained: Tensor) -> dict[str, float
     found: dict[str, float] = {}
     for key, values in per_prompt.items():
         found[key] = float(values[trained].mean())
-        if not key.endswith("_target"):
+        if "minority_mass" not in key:  # neither end of it is worse in itself
             found[f"{key}_max"] = float(values[trained].max())
         if key in HELDOUT_KEYS and not bool(trained.all()):
             found[f"heldout/{key}"] = float(values[~trained].mean())

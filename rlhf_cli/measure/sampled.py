@@ -1,4 +1,4 @@
-"""Metrics from samples of a policy, with bootstrap intervals over prompts (math.md §6)."""
+"""Metrics from samples of a policy, with bootstrap intervals over prompts (docs/paper_index.md)."""
 
 from __future__ import annotations
 
@@ -138,8 +138,9 @@ class SampledMeasure:
         gaps = {
             "pm/divergence": rewards - columns["logps"],
             "pm_beta/divergence": rewards / beta - columns["logps"],
-            "optimum/divergence": rewards / beta - (columns["logps"] - columns["effective"]),
         }
+        if self.algorithm.has_optimum:
+            gaps["optimum/divergence"] = rewards / beta - (columns["logps"] - columns["effective"])
         found: dict[str, float] = {}
         for key, gap in gaps.items():
             found |= interval(key, 2 * self._by_prompt(gap).var(-1, ddof=1))  # unbiased for E (g1 - g2)^2

@@ -1,4 +1,4 @@
-"""Closed-form optima of the on-policy objectives on an enumerated response set (math.md §2)."""
+"""Closed-form optima of the on-policy objectives on an enumerated response set (docs/paper_index.md)."""
 
 from __future__ import annotations
 

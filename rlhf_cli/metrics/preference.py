@@ -1,4 +1,4 @@
-"""Distances between a policy and a preference distribution on enumerated response sets (math.md §6).
+"""Distances between a policy and a preference distribution on enumerated response sets (docs/paper_index.md).
 
 Everywhere: rows are prompts (P), columns responses (A); `mask` (P, A) is True where a response exists. Policies are
 given as log-probs of whole responses and may leave mass off the set; targets are normalised on it. Numbers are read

@@ -30,7 +30,7 @@ def load_reward_model(path: Path | str, device: str = "cpu") -> Any:
 
 
 def save_centre(path: Path, centre: float) -> None:
-    """Store the mean score of the chosen training responses, on which rewards are centred (math.md §6)."""
+    """Store the mean score of the chosen training responses, on which rewards are centred (docs/paper_index.md)."""
     (path / CENTRE_FILE).write_text(json.dumps({"chosen_mean_score": centre}), encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf_cli.errors import RunError
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.tokens import pad_left
 
@@ -65,8 +66,18 @@ def sample(
 
 
 def draw(logits: Tensor, top_p: float) -> Tensor:
-    """Return one token a row, drawn from softmax(logits) restricted to its `top_p` nucleus, (B,)."""
+    """Return one token a row, drawn from softmax(logits) restricted to its `top_p` nucleus, (B,).
+
+    Raises:
+        RunError: a probability is not finite.
+    """
     probabilities = logits.softmax(-1)
+    if not bool(probabilities.isfinite().all()):
+        raise RunError(
+            "the policy gives probabilities that are not finite",
+            "its training diverged",
+            "lower the learning_rate of the stage that trained it (trainer.sft, online or pairwise)",
+        )
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays

@@ -216,7 +216,7 @@ def _frame(figure: Figure, title: str) -> None:
     figure.legend(marks, words, loc="upper left", bbox_to_anchor=(0, below), ncols=2, frameon=False, fontsize=8.5)
     note = (
         "TV: total variation distance from the people's shares, 0 (the same) to 1 (nothing in common). "
-        "Shown: where the reference is furthest off, half of them with the people's favourite."
+        "Half of the questions: the reference has the people's favourite."
     )
     _write(figure, 0.08, 0.12, note, size=7.5, color="#555555")
 

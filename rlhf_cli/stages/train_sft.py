@@ -25,7 +25,7 @@ def run(cfg: TrainSftConfig, overrides: Sequence[str] = (), config_dir: str | No
     with open_run(cfg, "train-sft", "sft", overrides, config_dir) as session:
         if not session.finished:
             session.adopt(provide.sft_policy(cfg, session.log), "sft")
-        summary(session, ["sft/loss", "sft/perplexity"])
+        summary(session, ["sft/loss"])
     return session.directory
 
 

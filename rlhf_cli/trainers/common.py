@@ -122,7 +122,8 @@ class Reporter(TrainerCallback):
         if numbers and "train_loss" not in numbers:
             self.log(self.rename(numbers), state.global_step)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """End the progress bar's line, so that what is printed next begins a new one."""
         if self.bar is not None:
             self.bar.close()
 
@@ -143,7 +144,10 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     checkpoint = latest_checkpoint(Path(trainer.args.output_dir))
     rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1)
     if checkpoint is None or not _adopt_finished(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            reporter.close()
     if trainer.state.global_step == 0:
         raise RunError(
             f"{reporter.title} trained 0 steps",

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 # The smallest jobs that still go through every line: a second a run.
-SMALL = """
-tracker=none device=cpu model.hidden_size=32 model.ffn_size=64 model.layers=1 model.vocab_size=400
-trainer.sft.max_steps=6 trainer.sft.batch_size=16 trainer.sft.log_every_steps=2
-trainer.rm.max_steps=6 trainer.rm.batch_size=16 trainer.rm.log_every_steps=2
-trainer.online.max_steps=4 trainer.online.batch_size=16 trainer.online.log_every_steps=2
-trainer.online.eval_every_steps=2 trainer.online.save_every_steps=4
-trainer.pairwise.max_steps=4 trainer.pairwise.batch_size=16 trainer.pairwise.log_every_steps=2
-trainer.pairwise.eval_every_steps=2 trainer.pairwise.save_every_steps=4
-""".split()
+SMALL = ["tracker=none", "device=cpu"]
+SMALL += ["model.hidden_size=32", "model.ffn_size=64", "model.layers=1", "model.vocab_size=400"]
+SMALL += [f"trainer.{stage}.batch_size=16" for stage in ("sft", "rm", "online", "pairwise")]
+SMALL += [f"trainer.{stage}.log_every_steps=2" for stage in ("sft", "rm", "online", "pairwise")]
+SMALL += [f"trainer.{stage}.max_steps=6" for stage in ("sft", "rm")]
+SMALL += [f"trainer.{stage}.{key}" for stage in ("online", "pairwise") for key in ("max_steps=4", "save_every_steps=4")]
+SMALL += [f"trainer.{stage}.eval_every_steps=2" for stage in ("online", "pairwise")]
 SURVEY = ["dataset.questions=2", "dataset.demonstrations=256", "dataset.pairs=512", "dataset.heldout_pairs=64"]
 
 ALGORITHMS = {

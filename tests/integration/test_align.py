@@ -118,3 +118,50 @@ def test_what_an_algorithm_must_log(name: str, keys: set[str], finished: Finishe
     assert [line["step"] for line in lines] == [2, 4]
     assert all(keys <= set(line) for line in lines)
     assert ("value_loss" in lines[0]) == (name == "pm")
+
+
+SETTINGS = {
+    "one-response-a-prompt": ["algo=pm", "algo.num_generations=1"],
+    "three-responses-a-prompt": ["algo=pm", "algo.num_generations=3", "trainer.online.batch_size=12"],
+    "transformers-generate": ["algo=pm", "generation.sampler=generate", "generation.top_p=0.9"],
+    "temperature": ["algo=kl_ppo", "generation.temperature=0.7"],
+    "no-reward-clip": ["algo=pm", "reward.clip=null", "reward.negative_share=0"],
+    "epochs": ["algo=pm", "trainer.online.max_steps=null", "trainer.online.epochs=4"],
+    "pairwise-epochs": [
+        "algo=dpm",
+        "algo.alpha=null",
+        "trainer.pairwise.max_steps=null",
+        "trainer.pairwise.epochs=0.125",
+    ],
+    "pairwise-closed-vocabulary": ["algo=dpo", "dataset.closed_vocabulary=true"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_other_settings(setting: str, small: Callable[..., Path], store: Path) -> None:
+    run_dir = small("align", *SETTINGS[setting])
+    metrics = read_json(run_dir / "metrics.json")
+    assert [key for key, value in metrics.items() if value is None or not math.isfinite(value)] == []
+    assert read_lines(run_dir / "training_log.jsonl")[-1]["step"] == 4
+    assert gap(weights(run_dir / "model"), weights(sft_folder(store, run_dir) / "model")) > 1e-6
+
+
+def test_a_response_that_does_not_end_is_penalised(small: Callable[..., Path], finished: Finished) -> None:
+    run_dir = small("align", "algo=pm", "algo.missing_eos_penalty=3", "trainer.online.log_every_steps=1")
+    plain = small("align", "algo=pm", "trainer.online.log_every_steps=1", name="plain")
+    (first, *_), (other, *_) = (
+        [line for line in read_lines(run / "training_log.jsonl") if "loss" in line] for run in (run_dir, plain)
+    )
+    assert first["eos_rate"] == other["eos_rate"] < 1
+    assert first["reward/mean"] == pytest.approx(other["reward/mean"] - 3 * (1 - other["eos_rate"]), abs=1e-4)
+
+
+def test_rollouts_are_trained_on_as_a_whole(small: Callable[..., Path]) -> None:
+    run_dir = small("align", "algo=pm", "algo.ppo_epochs=2", "algo.minibatches=2", "trainer.online.max_steps=5")
+    assert read_lines(run_dir / "training_log.jsonl")[-1]["step"] == 8, "two rollouts of four steps"
+
+
+def test_another_model_is_trained_on(small: Callable[..., Path], finished: Finished) -> None:
+    start = finished("pm") / "model"
+    run_dir = small("train-sft", f"model.path={start}", "trainer.sft.learning_rate=1e-9")
+    assert gap(weights(run_dir / "model"), weights(start)) < 1e-6

@@ -37,10 +37,19 @@ def align(rlhf: Rlhf) -> Callable[..., Result]:
     ("overrides", "message"),
     [
         (["algo=ppm"], "algo=ppm does not exist. The nearest choice is pm. Choose from"),
-        (["algo=pm", "algo.bta=1"], "unknown key algo.bta (set on the command line). The nearest valid key is algo.beta"),
-        (["algo=pm", "+algo.bta=1"], "unknown key algo.bta (set on the command line). The nearest valid key is algo.beta"),
+        (
+            ["algo=pm", "algo.bta=1"],
+            "unknown key algo.bta (set on the command line). The nearest valid key is algo.beta",
+        ),
+        (
+            ["algo=pm", "+algo.bta=1"],
+            "unknown key algo.bta (set on the command line). The nearest valid key is algo.beta",
+        ),
         (["algo=pm", "algo.beta=0"], "algo.beta=0.0 (set on the command line) is out of range. It must be > 0"),
-        (["algo=pm", "algo.alpha=2"], "algo.alpha=2.0 (set on the command line) is out of range. It must be > 0 and <= 1"),
+        (
+            ["algo=pm", "algo.alpha=2"],
+            "algo.alpha=2.0 (set on the command line) is out of range. It must be > 0 and <= 1",
+        ),
         (["trainer.online.max_steps=-1"], "trainer.online.max_steps=-1 (set on the command line) is out of range"),
         (["algo.beta==1"], "cannot read 'algo.beta==1'"),
         (["algo.beta=[1"], "cannot read 'algo.beta=[1'"),
@@ -48,11 +57,16 @@ def align(rlhf: Rlhf) -> Callable[..., Result]:
         (["dataset.demonstrations=8"], "8 demonstrations are too few for one batch of 16"),
         (["dataset=preferences"], "dataset.path is null, and dataset=preferences reads a file"),
         (["dataset=preferences", "dataset.path=rows.jsonl", "reward=gold"], "reward=gold needs dataset=survey"),
+        (["seed=4294967296"], "seed=4294967296 (set on the command line) is out of range"),
+        (
+            ["dataset.closed_vocabulary=true", "generation.sampler=generate"],
+            "generation.sampler=generate does not go with dataset.closed_vocabulary=true",
+        ),
         (["run_dir=file/run"], "run_dir=file/run cannot be a folder"),
         (["store_dir=file/store"], "store_dir=file/store cannot be a folder"),
         (["run_dir=folder"], "run_dir=folder is in use. it holds files (notes.txt …) and is not a run folder"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
 def test_a_value_that_cannot_be(align: Callable[..., Result], overrides: list[str], message: str) -> None:
     Path("file").write_text("not a folder")
@@ -142,9 +156,32 @@ def test_a_reward_model_whose_rewards_are_not_finite(rlhf: Rlhf, tmp_path: Path,
     assert not Path("run").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.sft.learning_rate=1e30"], "SFT diverged: after step"),
+        (["trainer.rm.learning_rate=1e30"], "reward model diverged: after step"),
+        (["algo=pm", "trainer.online.learning_rate=1e6", "algo.clip_range=1000"], "probabilities that are not finite"),
+        (["algo=dpo", "trainer.pairwise.learning_rate=1e30"], "dpo diverged: after step"),
+    ],
+    ids=["sft", "rm", "online", "pairwise"],
+)
+def test_a_training_that_diverges(rlhf: Rlhf, overrides: list[str], message: str) -> None:
+    line = refused(rlhf("align", *SMALL, *SURVEY, "run_dir=run", "store_dir=store", *overrides))
+    assert message in line
+    assert "lower the learning_rate of" in line
+    broken = "sft" if "sft" in overrides[0] else "rm" if "rm" in overrides[0] else "none"
+    assert not Path("store", broken).exists(), "what diverged is not published"
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
-    [("nowhere", "policy=nowhere is not a folder"), ("file", "policy=file is not a folder"), ("empty", "holds no model")],
+    [
+        ("nowhere", "policy=nowhere is not a folder"),
+        ("file", "policy=file is not a folder"),
+        ("empty", "holds no model"),
+    ],
 )
 def test_evaluate_needs_a_policy(rlhf: Rlhf, policy: str, message: str) -> None:
     Path("file").touch()

@@ -109,7 +109,9 @@ def test_evaluate_refuses_a_damaged_model_folder(small: Small, tmp_path: Path) -
     assert not (tmp_path / "refused").exists()
 
 
-def test_evaluate_refuses_the_best_checkpoint_of_a_run_without_one(small: Small, store: Path, finished: Finished) -> None:
+def test_evaluate_refuses_the_best_checkpoint_of_a_run_without_one(
+    small: Small, store: Path, finished: Finished
+) -> None:
     stage = sft_folder(store, finished("pm"))
     with pytest.raises(RunError, match="holds no model"):
         small("evaluate", f"policy={stage}", "checkpoint=best")

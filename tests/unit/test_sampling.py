@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import BOS, EOS, PAD, VOCAB, tiny_policy
 
+from rlhf_cli.errors import RunError
 from rlhf_cli.models.logps import frozen_token_logps, vocabulary_logps
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.sampling import draw, sample, trim
@@ -130,6 +131,15 @@ def test_top_p_keeps_the_nucleus(top_p: float, expected: list[float]) -> None:
     found = shares(top_p)
     assert found == pytest.approx(expected, abs=0.015)
     assert [share == 0 for share in found] == [share == 0 for share in expected]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_policy_that_diverged_is_named(bad: float, top_p: float) -> None:
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = bad
+    with pytest.raises(RunError, match="probabilities that are not finite. its training diverged. lower the learning"):
+        draw(logits, top_p)
 
 
 def test_top_p_restricts_whole_responses() -> None:
