@@ -15,8 +15,7 @@ CASES = {
     "gae": ("online", ["algo=pm", "algo.minibatches=2", "algo.ppo_epochs=2"]),
     "rloo": ("online", ["algo=pm", "algo.advantage=rloo", "algo.whiten_advantages=true"]),
     "dpo": ("pairwise", ["algo=dpo"]),
-    "rpo": ("pairwise", ["algo=rpo"]),
-    "rpo_seq_mean": ("pairwise", ["algo=rpo", "algo.sft_reduction=seq_mean"]),
+    "rpo": ("pairwise", ["algo=rpo", "algo.sft_reduction=seq_mean"]),
 }
 
 

@@ -153,12 +153,22 @@ def test_a_run_interrupted_while_it_is_measured_is_not_trained_again(
     assert read_json(run_dir / "metrics.json") == read_json(whole[case] / "metrics.json")
 
 
-def test_ctrl_c_says_how_to_go_on(rlhf: Callable[..., Result], store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("sweep", [["algo=dpo"], ["-m", "algo=dpo,rpo"]], ids=["one-job", "multirun"])
+def test_ctrl_c_says_how_to_go_on(
+    rlhf: Callable[..., Result], store: Path, monkeypatch: pytest.MonkeyPatch, sweep: list[str]
+) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Reporter, "on_step_end", interrupt)
-    result = rlhf("align", *SMALL, *SURVEY, "algo=dpo", "run_dir=run", f"store_dir={store}")
+    command = ["align", *SMALL, *SURVEY, *sweep, "run_dir=run", f"store_dir={store}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "on_step_end", interrupt)
+        result = rlhf(*command)
     assert result.exit_code == 130
-    assert "interrupted: run the same command again to go on" in result.stderr
+    assert result.stderr.splitlines()[-1] == "interrupted: run the same command again to go on"
     assert "Traceback" not in result.output
+    assert [read_json(path)["state"] for path in Path("run").rglob("status.json")] == ["interrupted"]
+    again = rlhf(*command)
+    assert again.exit_code == 0, again.output
+    assert {read_json(path)["state"] for path in Path("run").rglob("status.json")} == {"finished"}

@@ -105,8 +105,7 @@ def test_without_run_dir_a_run_is_found_again_by_its_config(rlhf: Rlhf, trained:
 def test_a_multirun_trains_each_stage_once_a_seed_and_compares_its_jobs(rlhf: Rlhf, trained: list[str]) -> None:
     short = ["trainer.online.max_steps=2", "trainer.pairwise.max_steps=2"]
     command = ["align", "-m", *SMALL, *SURVEY, *short, "run_dir=sweep", "store_dir=store"]
-    command += ["algo=kl_ppo,pm,dpo,rpo", "seed=0,1"]
-    result = rlhf(*command)
+    result = rlhf(*command, "algo=kl_ppo,pm,dpo,rpo", "seed=0,1")
     assert result.exit_code == 0, result.output
     assert {name: trained.count(name) for name in set(trained)} == {
         "DemonstrationTrainer": 2,
@@ -128,8 +127,9 @@ def test_a_multirun_trains_each_stage_once_a_seed_and_compares_its_jobs(rlhf: Rl
 
     trained.clear()
     before = times(Path("sweep", "algo=pm,seed=0"))
-    again = rlhf(*command)
+    again = rlhf(*command, "algo=pm,rpo", "seed=0,1")
     assert again.exit_code == 0, again.output
+    assert again.output.count("already finished, nothing was trained") == 4
     assert trained == []
     assert times(Path("sweep", "algo=pm,seed=0")) == before
 
