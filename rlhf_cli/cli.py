@@ -122,6 +122,9 @@ def _root(
     ] = False,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Threads that wait by spinning make a step ten times slower as soon as another process wants a core (a second run
+    # of a sweep, say). Read when torch is imported, so it is set here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.command("train-sft", cls=CommandWithGroups)

@@ -1,4 +1,4 @@
-"""Direct preference matching: DPO's loss with PM's effective reference, the offline twin of pm (docs/paper_index.md)."""
+"""Direct preference matching: DPO's loss with PM's effective reference, the offline twin of pm."""
 
 from __future__ import annotations
 

@@ -227,8 +227,6 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_gold(command, cfg.dataset)
     if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
         _check_online(cfg.algo, cfg.trainer.online)
-    if hasattr(cfg, "generation") and cfg.generation.sampler == "generate":
-        _check_generate(cfg.dataset)
     if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
         _check_closed(cfg.generation)
 
@@ -283,15 +281,6 @@ def _check_gold(command: str, dataset: DatasetConfig) -> None:
             f"reward=gold needs dataset=survey, not {dataset.source}",
             "Only there the true reward is known",
             "Use reward=bt",
-        )
-
-
-def _check_generate(dataset: DatasetConfig) -> None:
-    if isinstance(dataset, SurveyConfig) and dataset.closed_vocabulary:
-        raise ConfigError(
-            "generation.sampler=generate does not go with dataset.closed_vocabulary=true",
-            "It would sample responses that the closed vocabulary gives no probability",
-            "Use generation.sampler=auto",
         )
 
 

@@ -18,7 +18,7 @@ from rlhf_cli.stages.workspace import prepare
 def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
     """Measure the policy that `cfg.policy` names; nothing is trained but a missing SFT policy or reward model."""
     folder = policy_folder(cfg)
-    with open_run(cfg, "evaluate", "evaluate", overrides, config_dir) as session:
+    with open_run(cfg, "evaluate", "evaluate", overrides, config_dir, {"weights": weights(folder)}) as session:
         if not session.finished:
             sft = provide.sft_policy(cfg)
             rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
@@ -30,6 +30,12 @@ def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | No
             measure(work, freeze(policy), session, {})
         summary(session, SHOWN)
     return session.directory
+
+
+def weights(folder: Path | None) -> list[str]:
+    """Return name, size and time of the weight files: a policy trained again in the same place is another one."""
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 
 def policy_folder(cfg: EvaluateConfig) -> Path | None:

@@ -43,8 +43,17 @@ class Session:
         say(f"{name}: {stage}")
 
 
-def open_run(cfg: CommandConfig, command: str, what: str, overrides: Sequence[str], config_dir: str | None) -> Session:
+def open_run(
+    cfg: CommandConfig,
+    command: str,
+    what: str,
+    overrides: Sequence[str],
+    config_dir: str | None,
+    more_identity: dict[str, Any] | None = None,
+) -> Session:
     """Return the open run folder of a command; a name is made from the config where run_dir is null.
+
+    `more_identity` is what can change the result besides the config.
 
     Raises:
         RunError: the folder cannot be written or belongs to another run; the device does not exist.
@@ -53,7 +62,7 @@ def open_run(cfg: CommandConfig, command: str, what: str, overrides: Sequence[st
     check_folder(Path(cfg.store_dir), "store_dir")
     quiet_libraries()
     keep_freed_memory()
-    run_identity = {"command": command, **identity(cfg)}
+    run_identity = {"command": command, **identity(cfg), **(more_identity or {})}
     dataset = cfg.dataset.source
     name = default_name(what, dataset=dataset, model=cfg.model.name, seed=cfg.seed, identity=run_identity)
     directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name

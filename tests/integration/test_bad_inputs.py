@@ -60,7 +60,7 @@ def align(rlhf: Rlhf) -> Callable[..., Result]:
         (["seed=4294967296"], "seed=4294967296 (set on the command line) is out of range"),
         (
             ["dataset.closed_vocabulary=true", "generation.sampler=generate"],
-            "generation.sampler=generate does not go with dataset.closed_vocabulary=true",
+            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
         ),
         (["run_dir=file/run"], "run_dir=file/run cannot be a folder"),
         (["store_dir=file/store"], "store_dir=file/store cannot be a folder"),

@@ -67,7 +67,7 @@ def said_once(log: list[dict[str, float]]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def whole() -> dict[str, Path]:
     """The uninterrupted runs by case, filled on first use."""
     return {}
 
