@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from rlhf_cli import cli
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command sets it, before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command sets it, before torch is imported
 
 
 @pytest.fixture
