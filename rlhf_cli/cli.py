@@ -46,18 +46,16 @@ class CommandWithGroups(TyperCommand):
         name = str(self.name)
         catalog = Catalog("train-sft" if name == "data" else name, _config_dir(ctx.meta.get("rlhf.args", [])))
         with formatter.section("Config groups (GROUP=CHOICE; * is the default)"):
-            formatter.write_dl(
-                [
-                    (
-                        group,
-                        ", ".join(f"{choice}*" if choice == default else choice for choice in catalog.choices(group)),
-                    )
-                    for group, default in catalog.groups.items()
-                ]
-            )
+            formatter.write_dl([(group, _shown(catalog, group)) for group in catalog.groups])
         with formatter.section("Examples"):
             for example in EXAMPLES[name]:
                 formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+
+def _shown(catalog: Catalog, group: str) -> str:
+    if group == "trainer":
+        return f"{', '.join(catalog.choices(group))} (the dataset brings its own)"
+    return ", ".join(f"{choice}*" if choice == catalog.groups[group] else choice for choice in catalog.choices(group))
 
 
 class Rlhf(TyperGroup):
@@ -92,12 +90,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Align small and large language models with preferences, and measure whether minorities survive it.",
+    help="Align language models with preferences, and measure whether minorities survive it.",
 )
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="GROUP=CHOICE|KEY=VALUE", help="What to change.", show_default=False),
+    typer.Argument(
+        metavar="GROUP=CHOICE|KEY=VALUE", help="What to change; every key: add --cfg job.", show_default=False
+    ),
 ]
 Multirun = Annotated[bool, typer.Option("-m", "--multirun", help="One job for each combination of KEY=a,b,c.")]
 Cfg = Annotated[

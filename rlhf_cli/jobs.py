@@ -22,6 +22,7 @@ from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_cli import data
 from rlhf_cli.config import compose
 from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.config.schema import CommandConfig
@@ -45,6 +46,7 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     in_force = {**names, "dataset": cfg.dataset.source, "seed": cfg.seed}
     shown = " ".join(f"{key}={value}" for key, value in in_force.items() if value is not None)
     typer.echo(f"rlhf {command}: {shown}", err=True)
+    data.check(cfg.dataset)
     stage = import_module(f"rlhf_cli.stages.{command.replace('-', '_')}")
     own = None if config_dir is None else str(config_dir.resolve())
     return cast(Path, stage.run(cfg, overrides=overrides, config_dir=own))

@@ -152,11 +152,6 @@ class Run:
         """Return the path of a file in the run folder."""
         return self.directory / name
 
-    @property
-    def models(self) -> Path:
-        """The folder of the trained models, each in the Hugging Face layout."""
-        return self.directory / "models"
-
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append one line to training_log.jsonl and to the tracker's curves; a number that is not finite is null."""
         with self.path("training_log.jsonl").open("a", encoding="utf-8") as file:

@@ -174,7 +174,7 @@ class GenerationConfig:
     name: str = MISSING
     temperature: float = setting(gt=0)
     top_p: float = setting(gt=0, le=1)
-    sampler: str = setting(choices=["auto", "lean", "generate"])
+    sampler: str = setting(choices=["lean", "generate"])
 
 
 @dataclass

@@ -236,7 +236,7 @@ def _check_closed(generation: GenerationConfig) -> None:
         raise ConfigError(
             "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
             "Only the lean sampler restricts itself to the valid answers",
-            "Use generation.sampler=auto",
+            "Use generation.sampler=lean",
         )
 
 

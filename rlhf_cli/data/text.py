@@ -38,7 +38,7 @@ def load_text(cfg: TextConfig) -> PreferenceData:
             "their sum must stay below 1, because the rest of the prompts is for alignment",
             "lower one of them",
         )
-    path = _existing_file(cfg.path)
+    path = existing_file(cfg.path)
     dropped: Counter[str] = Counter()
     pairs = []
     for number, row in _rows(path):
@@ -62,7 +62,7 @@ def load_text(cfg: TextConfig) -> PreferenceData:
     return data
 
 
-def _existing_file(name: str | None) -> Path:
+def existing_file(name: str | None) -> Path:
     if not name:
         raise DataError(
             "dataset.path is not set", "this dataset reads a local file", "add dataset.path=FILE.jsonl[.gz]"

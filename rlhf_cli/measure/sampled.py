@@ -163,6 +163,10 @@ class PairMeasure:
         responses = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         self.batch = collate(prompts, responses, sampling.pad_id, sampling.device)
         self.sampling = sampling
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, pair in enumerate(pairs):
+            rows.setdefault(tuple(pair["prompt_ids"]), []).append(row)
+        self.rows_by_prompt = list(rows.values())
         scores = torch.cat([reward(prompts[i : i + 256], responses[i : i + 256]) for i in range(0, len(prompts), 256)])
         clipped = scores if reward_clip is None else scores.clamp(-reward_clip, reward_clip)
         self.preference = _first_wins(clipped.float())
@@ -177,11 +181,12 @@ class PairMeasure:
     def metrics(self, policy: Any) -> dict[str, float]:
         """Return pm/pair_tv with its interval; of the chosen responses perplexity, log-prob and its change."""
         ours = self._logps(policy)
-        gaps = (self.preference - _first_wins(ours)).abs()
+        gaps = (self.preference - _first_wins(ours)).abs().cpu()
+        by_prompt = [float(gaps[rows].mean()) for rows in self.rows_by_prompt]
         chosen, before = ours.chunk(2)[0], self.reference_logps.chunk(2)[0]
         tokens = self.batch.response_mask.chunk(2)[0].sum()
         return {
-            **interval("pm/pair_tv", gaps.cpu().numpy()),
+            **interval("pm/pair_tv", np.array(by_prompt)),
             "perplexity/chosen": float((-chosen.sum() / tokens).clamp(max=80).exp()),
             "chosen_logps": float(chosen.mean()),
             "chosen_logps_change": float((chosen - before).mean()),

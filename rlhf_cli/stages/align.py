@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,28 +11,15 @@ from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, TextConfig
 from rlhf_cli.data.encode import encode_pairs, encode_prompt
 from rlhf_cli.models.policy import load_policy
 from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
-from rlhf_cli.report.figures import curves, preference_bars
 from rlhf_cli.run import seed_everything
 from rlhf_cli.stages import provide
-from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, say, summary
+from rlhf_cli.stages.results import SHOWN, announce, measure
+from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
 from rlhf_cli.store import read_json, write_json
 from rlhf_cli.trainers.common import Reporter, fit
 
 logger = logging.getLogger(__name__)
-
-SHOWN = ["pm/tv", "pm/kl_rm_policy", "pm/minority_mass", "pm/minority_mass_target", "pm/offset_mass"]
-SHOWN += [
-    "optimum/tv",
-    "gold/tv",
-    "pm/pair_tv",
-    "pm/divergence",
-    "reward/mean",
-    "kl/sequence",
-    "eos_rate",
-    "chosen_logps_change",
-]
-CURVES = ["pm/tv", "pm/minority_mass", "pm/offset_mass"]
 
 
 def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
@@ -48,10 +34,9 @@ def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None 
 def _align(cfg: AlignConfig, session: Session) -> None:
     sft = provide.sft_policy(cfg)
     rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
-    say(f"reference policy: {sft}" + (f"\nreward model: {rm}" if rm else ""))
     work = prepare(cfg, sft, rm)
-    for reason, count in work.data.dropped.items():
-        say(f"{count} rows: {reason.replace('_', ' ')}")
+    stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
+    announce(work, stages, session)
     seed_everything(cfg.seed)
     policy = load_policy(sft / "model", work.device)
     trainer = _trainer(work, policy, sft, rm, session.directory / "checkpoints")
@@ -62,33 +47,7 @@ def _align(cfg: AlignConfig, session: Session) -> None:
     fit(trainer, reporter, rewind=session.run.rewind)
     policy.save_pretrained(session.directory / "model")
     work.tokenizer.save_pretrained(session.directory / "model")
-    measure(work, policy, session, best.metrics())
-
-
-def measure(work: Workspace, policy: Any, session: Session, more: dict[str, float]) -> None:
-    """Write metrics, completions, distributions and figures of `policy` into the run folder."""
-    metrics, completions = work.final_metrics(policy)
-    dropped = {f"data/dropped/{reason}": count for reason, count in work.data.dropped.items()}
-    session.run.write_completions(completions)
-    if work.exact is not None:
-        rows = work.exact.distributions(policy)
-        write_json(session.directory / "distributions.json", rows)
-        figure = session.directory / "preferences.png"
-        preference_bars(rows, figure, title=f"{work.cfg.algo.name}: people, reward model, reference, policy")
-        session.run.add_figure(figure)
-    _draw_curves(work, session)
-    session.run.write_metrics({**metrics, **more, **dropped})
-
-
-def _draw_curves(work: Workspace, session: Session) -> None:
-    log = session.directory / "training_log.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    wanted = CURVES if work.exact is not None else ["pm/pair_tv", "reward/mean", "kl/sequence"]
-    keys = [key for key in wanted if any(line.get(key) is not None for line in lines)]
-    if keys:
-        figure = session.directory / "curves.png"
-        curves({work.cfg.algo.name: lines}, figure, keys)
-        session.run.add_figure(figure)
+    measure(work, policy, session, stages, best.metrics())
 
 
 class Best:
@@ -176,6 +135,11 @@ def _critic(cfg: AlignConfig, sft: Path, rm: Path | None, device: str) -> Critic
 
 
 def _names(metrics: dict[str, float]) -> dict[str, float]:
-    """Keep our own metrics and the trainer's basic ones; TRL's duplicates under other names are left out."""
+    """Keep our own metrics and the trainer's basic ones; TRL's duplicates under other names are left out.
+
+    What is also measured on held-out data gets the prefix train/, so that one key means one thing.
+    """
     skipped = ("completions/", "rewards/", "num_tokens", "step_time", "frac_", "train_", "num_input")
-    return {key: value for key, value in metrics.items() if not key.startswith(skipped)}
+    measured = ("reward/", "kl/", "entropy/", "length/", "eos_rate", "chosen_logps")
+    kept = {key: value for key, value in metrics.items() if not key.startswith(skipped)}
+    return {f"train/{k}" if k.startswith(measured) else k: v for k, v in kept.items()}

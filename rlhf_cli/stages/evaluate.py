@@ -10,7 +10,7 @@ from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
 from rlhf_cli.stages import provide
-from rlhf_cli.stages.align import SHOWN, measure
+from rlhf_cli.stages.results import SHOWN, announce, measure
 from rlhf_cli.stages.session import open_run, say, summary
 from rlhf_cli.stages.workspace import prepare
 
@@ -24,17 +24,19 @@ def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | No
             rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
             work = prepare(cfg, sft, rm)
             path = folder or sft / "model"
-            say(f"policy: {path}\nreference policy: {sft}" + (f"\nreward model: {rm}" if rm else ""))
+            say(f"policy: {path}")
+            stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
+            announce(work, stages, session)
             policy = load_policy(path, work.device)
             require_same_tokens(path, work.tokenizer, policy)
-            measure(work, freeze(policy), session, {})
+            measure(work, freeze(policy), session, stages, {})
         summary(session, SHOWN)
     return session.directory
 
 
 def weights(folder: Path | None) -> list[str]:
     """Return name, size and time of the weight files: a policy trained again in the same place is another one."""
-    files = sorted(folder.glob("*.safetensors")) if folder else []
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder else []
     return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_cli.config.compose import identity
 from rlhf_cli.config.schema import CommandConfig, TrainRmConfig
+from rlhf_cli.data import content
 from rlhf_cli.stages import train_rm, train_sft
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.store import Store
@@ -21,6 +22,8 @@ MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples")  # datase
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the SFT policy: model, data, optimisation, seed."""
     dataset = {key: value for key, value in identity(cfg.dataset).items() if key not in MEASURING_ONLY}
+    if "path" in dataset:
+        dataset["path"] = content(cfg.dataset)  # what the file holds, wherever it lies
     return {
         "format": FORMAT,
         "seed": cfg.seed,

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_cli.config.compose import as_dict, identity
 from rlhf_cli.config.schema import AlignConfig, CommandConfig
-from rlhf_cli.data import load
+from rlhf_cli.data import content, load
 from rlhf_cli.errors import DataError, UserError
 from rlhf_cli.run import Run, default_name
 from rlhf_cli.store import check_folder, read_json
@@ -62,7 +62,7 @@ def open_run(
     check_folder(Path(cfg.store_dir), "store_dir")
     quiet_libraries()
     keep_freed_memory()
-    run_identity = {"command": command, **identity(cfg), **(more_identity or {})}
+    run_identity = {"command": command, **identity(cfg), "data": content(cfg.dataset), **(more_identity or {})}
     dataset = cfg.dataset.source
     name = default_name(what, dataset=dataset, model=cfg.model.name, seed=cfg.seed, identity=run_identity)
     directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Workspace:
             replaced = [key for key in found if key.split("/")[1:2] == ["divergence"]]
             found = {key: value for key, value in found.items() if key not in replaced}
             found |= {**self.exact.metrics(policy), **self.exact.reference_metrics()}
-            if self.algorithm.family == "online" and self.tree is None:
+            if self.algorithm.family == "online" and self.algorithm.has_optimum and self.tree is None:
                 found |= offset_bound(self.exact, self.sampled)
         return found, self._completions(responses, rewards.tolist())
 
@@ -86,6 +86,8 @@ def prepare(cfg: AlignConfig, sft: Path, rm: Path | None) -> Workspace:
     tokenizer = load_tokenizer(sft / "model")
     data = fit_to_context(load(cfg.dataset), tokenizer, cfg.dataset)
     algorithm = algos.get(cfg.algo.name)
+    if getattr(cfg.algo, "beta_schedule", "fixed") == "adaptive":
+        algorithm = replace(algorithm, has_optimum=False)  # the optimum moves with beta
     reference = freeze(load_policy(sft / "model", device))
     reward = _reward(cfg, data, tokenizer, rm, device)
     enumeration = _enumeration(data, tokenizer, device)

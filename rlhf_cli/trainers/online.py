@@ -107,7 +107,9 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         rollout = {name: getattr(batch, name) for name in ROLLOUT_FIELDS}
         rollout["old_logps"], ref_logps = self._read_log_probs(batch)
         rollout |= self._advantages(rollout["old_logps"], ref_logps, batch, scores)
-        self._note(**{"reward/mean": scores.mean(), "reward/std": scores.std(), "eos_rate": ended.float().mean()})
+        clip = self.parts.reward_clip
+        seen = scores if clip is None else scores.clamp(-clip, clip)
+        self._note(**{"reward/mean": seen.mean(), "reward/std": seen.std(), "eos_rate": ended.float().mean()})
         self._note(**{"length/mean": batch.response_mask.sum(-1).float().mean()})
         return rollout
 

@@ -9,10 +9,10 @@ pm/tv pm/tv_max pm/kl_rm_policy pm/kl_policy_rm pm/minority_mass pm/minority_mas
 pm_beta/tv pm_beta/divergence gold/tv gold/kl_rm_policy optimum/tv optimum/kl optimum/offset_bound pm/pair_tv
 pm/pair_tv/lo pm/pair_tv/hi pm/pair_tv/n heldout/pm/tv heldout/pm/tv_max reference/pm/tv reference/heldout/pm/tv
 best/step best/pm/tv reference/mass_near_alpha reward/mean reward/std reward/clip_fraction score/mean kl/per_token
-kl/sequence entropy/per_token length/mean eos_rate perplexity/chosen reward_length_correlation win_rate/sft distinct_1
-distinct_2 self_bleu loss policy_loss value_loss explained_variance clip_fraction value_clip_fraction cost/sequence
-beta advantage/mean advantage/std ratio/mean ratio/max learning_rate critic_learning_rate grad_norm sft_term dpo_loss
-accuracy margin chosen_logps rejected_logps chosen_logps_change sft/loss sft/offset_mass rm/loss rm/accuracy
+kl/sequence entropy/per_token length/mean eos_rate perplexity/chosen
+loss policy_loss value_loss explained_variance clip_fraction value_clip_fraction cost/sequence
+beta advantage/std learning_rate grad_norm sft_term dpo_loss
+accuracy margin chosen_logps rejected_logps chosen_logps_change sft/loss rm/loss rm/accuracy
 rm/negative_accuracy step
 """
 

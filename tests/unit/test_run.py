@@ -77,7 +77,6 @@ def test_a_new_run_describes_itself(tmp_path: Path) -> None:
         assert now.pop("started")
         assert now == {"state": "running", "ended": None, "error": None}
         assert run.path("x") == directory / "x"
-        assert run.models == directory / "models"
     assert yaml.safe_load((directory / "config.yaml").read_text()) == CONFIG
     asked = json.loads((directory / "overrides.json").read_text())
     assert asked == {"command": "align", "overrides": ["algo=pm"], "config_dir": "mine"}
