@@ -41,15 +41,15 @@ def store(workshop: Path) -> Path:
 def finished(workshop: Path, store: Path) -> Callable[[str], Path]:
     """Return a function that gives the run folder of an entry of ALGORITHMS, trained on first use."""
     from rlhf_cli.report import figures
-    from rlhf_cli.stages import align
+    from rlhf_cli.stages import results
 
     made: dict[str, Path] = {}
 
     def run(name: str) -> Path:
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:  # real figures, even where a test goes without
-                patch.setattr(align, "preference_bars", figures.preference_bars)
-                patch.setattr(align, "curves", figures.curves)
+                patch.setattr(results, "preference_bars", figures.preference_bars)
+                patch.setattr(results, "curves", figures.curves)
                 made[name] = job("align", *ALGORITHMS[name], run_dir=workshop / name, store=store)
         return made[name]
 
@@ -59,10 +59,10 @@ def finished(workshop: Path, store: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing for a run: figures take half of a small job."""
-    from rlhf_cli.stages import align
+    from rlhf_cli.stages import results
 
-    monkeypatch.setattr(align, "preference_bars", lambda rows, path, **_: path.write_bytes(PIXEL))
-    monkeypatch.setattr(align, "curves", lambda lines, path, keys: path.write_bytes(PIXEL))
+    monkeypatch.setattr(results, "preference_bars", lambda rows, path, **_: path.write_bytes(PIXEL))
+    monkeypatch.setattr(results, "curves", lambda lines, path, keys: path.write_bytes(PIXEL))
 
 
 @pytest.fixture

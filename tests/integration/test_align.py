@@ -17,7 +17,7 @@ Finished = Callable[[str], Path]
 RUN_FILES = {
     ".lock", "best", "best.json", "checkpoints", "completions.jsonl", "config.yaml", "curves.png",
     "distributions.json", "manifest.json", "metrics.json", "model", "overrides.json", "preferences.png",
-    "status.json", "training_log.jsonl",
+    "stages.json", "status.json", "training_log.jsonl",
 }  # fmt: skip
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -107,9 +107,16 @@ def test_a_closed_vocabulary_leaves_no_mass_off_the_answers(finished: Finished) 
 @pytest.mark.parametrize(
     ("name", "keys"),
     {
-        "pm": {"policy_loss", "value_loss", "explained_variance", "cost/sequence", "kl/per_token", "entropy/per_token"},
+        "pm": {
+            "policy_loss",
+            "value_loss",
+            "explained_variance",
+            "cost/sequence",
+            "train/kl/per_token",
+            "train/reward/mean",
+        },
         "pm_rloo": {"policy_loss", "advantage/std", "beta", "clip_fraction"},
-        "dpo": {"dpo_loss", "chosen_logps", "chosen_logps_change", "accuracy", "margin"},
+        "dpo": {"dpo_loss", "train/chosen_logps", "train/chosen_logps_change", "accuracy", "margin"},
         "rpo": {"dpo_loss", "sft_term"},
     }.items(),
 )
@@ -147,13 +154,15 @@ def test_other_settings(setting: str, small: Callable[..., Path], store: Path) -
 
 
 def test_a_response_that_does_not_end_is_penalised(small: Callable[..., Path], finished: Finished) -> None:
-    run_dir = small("align", "algo=pm", "algo.missing_eos_penalty=3", "trainer.online.log_every_steps=1")
-    plain = small("align", "algo=pm", "trainer.online.log_every_steps=1", name="plain")
+    common = ("algo=pm", "reward.clip=null", "trainer.online.log_every_steps=1")
+    run_dir = small("align", *common, "algo.missing_eos_penalty=3")
+    plain = small("align", *common, name="plain")
     (first, *_), (other, *_) = (
         [line for line in read_lines(run / "training_log.jsonl") if "loss" in line] for run in (run_dir, plain)
     )
-    assert first["eos_rate"] == other["eos_rate"] < 1
-    assert first["reward/mean"] == pytest.approx(other["reward/mean"] - 3 * (1 - other["eos_rate"]), abs=1e-4)
+    ended, mean = other["train/eos_rate"], other["train/reward/mean"]
+    assert first["train/eos_rate"] == ended < 1
+    assert first["train/reward/mean"] == pytest.approx(mean - 3 * (1 - ended), abs=1e-4)
 
 
 def test_rollouts_are_trained_on_as_a_whole(small: Callable[..., Path]) -> None:

@@ -113,7 +113,7 @@ def test_equal_rows_are_left_out_and_counted(align: Callable[..., Result]) -> No
     write_lines(Path("rows.jsonl"), [*ROWS, *EQUAL[:5]])
     result = align(*TEXT, "algo=dpo", "trainer.rm.batch_size=8", "trainer.pairwise.batch_size=8")
     assert result.exit_code == 0, result.output
-    assert "5 rows: chosen equals rejected" in result.output
+    assert "left out: 5 rows (both responses are the same)" in result.output
     assert read_json(Path("run/metrics.json"))["data/dropped/chosen_equals_rejected"] == 5
 
 

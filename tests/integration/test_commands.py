@@ -71,7 +71,7 @@ def test_evaluate_of_a_run_folder_repeats_its_numbers(
     assert all(again[key] == pytest.approx(run[key], abs=1e-5) for key in again)
     assert files(Path("again")) == {
         ".lock", "completions.jsonl", "config.yaml", "distributions.json", "manifest.json", "metrics.json",
-        "overrides.json", "preferences.png", "status.json",
+        "overrides.json", "preferences.png", "stages.json", "status.json",
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ TRAJECTORIES: dict[str, tuple[list[str], dict[str, list[float]]]] = {
         ["algo=dpo", "algo.beta=1", "trainer.pairwise.log_every_steps=1"],
         {
             "dpo_loss": [0.693147, 0.632792, 0.533137],
-            "chosen_logps": [-1.677981, -1.665589, -1.531331],
+            "train/chosen_logps": [-1.677981, -1.665589, -1.531331],
         },
     ),
 }
