@@ -176,7 +176,7 @@ def warnings_of(metrics: dict[str, float | None]) -> list[str]:
         f"on its worst question {worst_off:.0%} of the policy's mass is on text that is no valid answer": worst_off
         > 0.1,
         f"on its worst question an answer people give is nearly gone (forward KL {worst_kl:.1f} nats)": worst_kl > 1,
-        f"the log-prob of chosen responses fell by {-value('chosen_logps_change'):.1f} nats (DPO does this; algo=rpo "
+        f"the log-prob of chosen responses fell by {-value('chosen_logps_change'):.1f} nats (known of DPO; algo=rpo "
         "holds it)": value("chosen_logps_change") < -1,
         f"{endless:.0%} of the responses do not end within dataset.max_completion_tokens": endless > 0.5,
     }
