@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from typer.testing import CliRunner, Result
 
 from rlhf_cli import cli
 
+settings.register_profile("repeatable", derandomize=True)  # the same examples on every machine
+settings.load_profile("repeatable")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command sets it, before torch is imported
 
 
