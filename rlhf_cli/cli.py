@@ -122,8 +122,8 @@ def _root(
     ] = False,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Threads that spin long while they wait make a step ten times slower as soon as another process wants a core (a
-    # second run, say); not spinning at all costs half the speed alone. Read when torch is imported, so it is set here.
+    # Threads that spin long while they wait stall every run as soon as another process wants a core (a second run,
+    # say); not spinning at all is slow alone. Read when torch is imported, so it is set here.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 

@@ -98,7 +98,7 @@ def quiet_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed mid-size tensors: returning them costs page faults at every step (a third of the time).
+    """Let glibc keep freed mid-size tensors: returning them costs page faults at every step.
 
     The same as MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_, which must be set before Python starts.
     """
