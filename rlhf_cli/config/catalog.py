@@ -107,9 +107,15 @@ class Catalog:
             raise ConfigError(f"{path} is not valid yaml", str(error)) from None
         return content if isinstance(content, dict) else {}
 
+    def home(self, key: str) -> tuple[str, str]:
+        """Return the group a dotted key belongs to (algo/constraint before algo), and the rest of the key."""
+        nested = [group for group in self.groups if "/" in group and key.startswith(f"{group.replace('/', '.')}.")]
+        group = max(nested, key=len, default=key.partition(".")[0])
+        return group, key[len(group) + 1 :]
+
     def choices_with(self, key: str) -> list[str]:
         """Return the choices, as `algo=pm`, of the key's own group whose yaml has this dotted key."""
-        group, _, rest = key.partition(".")
+        group, rest = self.home(key)
         return [f"{group}={name}" for name in self.choices(group) if has_key(self.read(f"{group}/{name}"), rest)]
 
 

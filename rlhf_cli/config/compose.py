@@ -58,7 +58,7 @@ def load(command: str, overrides: list[str], config_dir: Path | None = None) -> 
                 "One run takes one",
                 "Add -m to run one job for each, or quote the value if it is text with a comma",
             )
-    _admit_user_algorithms(config_dir)
+    _admit_user_modules(config_dir)
     values, chosen = _composed(catalog, [hydra_form(override, catalog) for override in parsed])
     values = {key: value for key, value in values.items() if not _is_foreign(key, command, parsed)}
     return validate.typed(catalog, values, _origin(catalog, parsed, chosen))
@@ -109,7 +109,7 @@ def check_override(override: Override, catalog: Catalog) -> None:
         raise ConfigError("hydra.searchpath is set by rlhf itself", todo="Use --config-dir for a directory of your own")
     if is_hydra(key):
         return
-    if "/" in key or (key not in catalog.groups and catalog.choices(key)):
+    if key not in catalog.groups and ("/" in key or catalog.choices(key)):
         raise validate.unknown_key(key.replace("/", "."), catalog, [], "on the command line")
     if key not in catalog.groups or override.is_sweep_override():
         return
@@ -180,13 +180,15 @@ def hydra_reason(error: Exception) -> str:
     return str(error).split("Config search path")[0]
 
 
-def _admit_user_algorithms(config_dir: Path | None) -> None:
-    """Let rlhf_cli.algos find the modules in config_dir/algos, so that an algorithm is one yaml and one module."""
-    if config_dir is not None:
-        folder, package = str(config_dir.resolve() / "algos"), import_module("rlhf_cli.algos")
+def _admit_user_modules(config_dir: Path | None) -> None:
+    """Let rlhf_cli.algos and .rewards find the modules in config_dir/algos and /rewards: one yaml and one module."""
+    if config_dir is None:
+        return
+    for name, package_name in (("algos", "rlhf_cli.algos"), ("rewards", "rlhf_cli.rewards")):
+        folder, package = str(config_dir.resolve() / name), import_module(package_name)
         if folder not in package.__path__:
             package.__path__.append(folder)
-        invalidate_caches()
+    invalidate_caches()
 
 
 def _is_foreign(key: str, command: str, parsed: list[Override]) -> bool:
@@ -206,7 +208,7 @@ def _origin(catalog: Catalog, parsed: list[Override], chosen: dict[str, Any]) ->
     def where(key: str) -> str:
         if any(f"{key}.".startswith(f"{typed}.") or typed.startswith(f"{key}.") for typed in typed_keys):
             return "on the command line"
-        group, _, rest = key.partition(".")
+        group, rest = catalog.home(key)
         for name in experiments if isinstance(experiments, list) else [experiments]:
             if has_key(catalog.read(f"experiment/{name}"), key):
                 return f"in {catalog.path(f'experiment/{name}')}"
@@ -237,16 +239,18 @@ def with_base(command: str, overrides: list[str], config_dir: Path | None) -> tu
         raise ConfigError(
             f"{record_file} is damaged", str(error), 'It should hold {"command": ..., "overrides": [...]}'
         ) from None
-    own = {item.key_or_group for item in parsed}
-    replaced = {"run_dir", *own}
+    replaced = {"run_dir", *(_dotted(item) for item in parsed)}
     base = [
         item
         for item in parse(made_with)
-        if item.key_or_group not in replaced
-        and item.key_or_group.partition(".")[0] not in own
-        and not is_hydra(item.key_or_group)
+        if not is_hydra(item.key_or_group)
+        and not any(f"{_dotted(item)}.".startswith(f"{key}.") for key in replaced)  # the key, or the block it lies in
     ]
     return [*(plain(item) for item in base), *asked], config_dir or (Path(made_in) if made_in else None)
+
+
+def _dotted(override: Override) -> str:
+    return str(override.key_or_group).replace("/", ".")
 
 
 def as_dict(cfg: CommandConfig) -> dict[str, Any]:

@@ -40,11 +40,58 @@ def setting(
 
 
 @dataclass
+class Prior:
+    """A bound delta* on a pair's margin, known before training (arXiv 2404.00978); `none` bounds nothing."""
+
+    name: str = MISSING
+
+
+@dataclass
+class SimilarityPrior(Prior):
+    """delta* = beta1 / (similarity + beta2) + beta3: alike responses may not differ much."""
+
+    beta1: float = setting(gt=0)
+    beta2: float = setting(gt=0)
+    beta3: float = setting()
+
+
+@dataclass
+class LengthPrior(SimilarityPrior):
+    """Similarity is the ratio of the lengths after the first differing token."""
+
+
+@dataclass
+class CosinePrior(SimilarityPrior):
+    """Similarity is that of a frozen encoder's embeddings: `sft`, a Hugging Face name or a folder."""
+
+    similarity: str = setting(choices=["angle", "cosine"])
+    encoder: str = setting()
+    pooling: str = setting(choices=["mean", "cls"])
+    embed_prompt: bool = setting()
+
+
+@dataclass
+class FixedPrior(Prior):
+    """The same delta* for every pair: a control."""
+
+    delta: float = setting(gt=0)
+
+
+@dataclass
+class RandomPrior(Prior):
+    """delta* drawn from U[low, high], once for each pair: a control."""
+
+    low: float = setting(gt=0)
+    high: float = setting(gt=0)
+
+
+@dataclass
 class AlgoConfig:
     """What every algorithm has. `name` names the yaml, the module rlhf_cli/algos/<name>.py and the tracker group."""
 
     name: str = MISSING
     beta: float = setting(gt=0)
+    constraint: Prior = field(default_factory=Prior)
 
 
 @dataclass
@@ -68,11 +115,24 @@ class OnlineAlgoConfig(AlgoConfig):
 
 @dataclass
 class RewardConfig:
-    """Where rewards come from: `bt` (trained from preferences) or `gold` (the world's own)."""
+    """Where rewards come from. `name` names the yaml and the module rlhf_cli/rewards/<name>.py or its first word's.
 
-    name: str = setting(choices=["bt", "gold"])
-    negative_share: float = setting(ge=0, lt=1)
+    `clip` and `calibration` say how rewards are read, not how a model is trained: one model serves all their values.
+    """
+
+    name: str = MISSING
     clip: float | None = setting(gt=0)
+
+
+@dataclass
+class TrainedRewardConfig(RewardConfig):
+    """Settings of every reward model that is trained from preferences."""
+
+    negative_share: float = setting(ge=0, lt=1)
+    label_smoothing: float = setting(ge=0, lt=0.5)
+    centering: float = setting(ge=0)
+    token_wise: bool = setting()
+    calibration: str = setting(choices=["none", "length"])
 
 
 @dataclass
@@ -107,6 +167,8 @@ class SurveyConfig(DatasetConfig):
     demonstrations: int = setting(ge=1)
     pairs: int = setting(ge=1)
     heldout_pairs: int = setting(ge=1)
+    ranking_size: int = setting(ge=2)
+    length_bias: float = setting()
     gold_offset_reward: float = setting(le=0)
     closed_vocabulary: bool = setting()
 
@@ -226,5 +288,6 @@ class AlignConfig(TrainRmConfig):
 class EvaluateConfig(AlignConfig):
     """`rlhf evaluate`: `policy` is a run folder, a Hugging Face model folder, or null for the SFT policy."""
 
+    stage: str = setting(choices=["policy", "rm"])
     policy: str | None = setting()
     checkpoint: str = setting(choices=["last", "best"])

@@ -7,25 +7,29 @@ from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from math import isfinite
 from operator import attrgetter
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cli.config.catalog import Catalog, advice, has_key, nearest
+from rlhf_cli.config.rules import check_rules
 from rlhf_cli.config.schema import (
     AlgoConfig,
     AlignConfig,
     CommandConfig,
+    CosinePrior,
     DatasetConfig,
     EvaluateConfig,
-    GenerationConfig,
-    OnlineAlgoConfig,
-    OnlineTraining,
-    StageTraining,
+    FixedPrior,
+    LengthPrior,
+    Prior,
+    RandomPrior,
+    RewardConfig,
     SurveyConfig,
     TextConfig,
+    TrainedRewardConfig,
     TrainRmConfig,
     TrainSftConfig,
 )
@@ -38,6 +42,13 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "evaluate": EvaluateConfig,
 }
 DATASETS: dict[str, type[DatasetConfig]] = {"survey": SurveyConfig, "hh_rlhf": TextConfig, "preferences": TextConfig}
+PRIORS: dict[str, type[Prior]] = {
+    "none": Prior,
+    "length": LengthPrior,
+    "cosine": CosinePrior,
+    "fixed": FixedPrior,
+    "random": RandomPrior,
+}
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "gt": (">", lambda value, bound: value > bound),
@@ -60,8 +71,13 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
     """
     command_schema = COMMANDS[catalog.command]
     blocks: dict[str, type] = {"dataset": _dataset_schema(_block(values, "dataset").get("source"))}
-    if "algo" in {field.name for field in fields(command_schema)}:
-        blocks["algo"] = algo_schema(_block(values, "algo").get("name"), catalog)
+    own = {field.name for field in fields(command_schema)}
+    if "reward" in own:
+        blocks["reward"] = reward_schema(_block(values, "reward").get("name"), catalog)
+    if "algo" in own:
+        algo = _block(values, "algo")
+        blocks["algo"] = algo_schema(algo.get("name"), catalog)
+        blocks["algo.constraint"] = _constraint_schema(algo.get("constraint"), where)
     leaves = {key: (hint, field) for key, hint, field in _leaves(command_schema, blocks)}
     for key in _flat(values, leaves):
         if key not in leaves:
@@ -73,7 +89,8 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
             raise ConfigError(f"{key} has no value", todo=f"Give one: {key}=VALUE on the command line or in its yaml")
     schema = OmegaConf.structured(command_schema)
     for name, block in blocks.items():
-        schema[name] = OmegaConf.structured(block)
+        group, _, inner = name.rpartition(".")
+        (schema[group] if group else schema)[inner] = OmegaConf.structured(block)
     try:
         cfg = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
@@ -81,7 +98,7 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         raise _type_error(key, _at(values, key), leaves[key][0], where(key)) from None
     for key, (_, field) in leaves.items():
         check_range(key, attrgetter(key)(cfg), field.metadata, where(key))
-    check_rules(catalog.command, cfg)
+    check_rules(catalog.command, cast(CommandConfig, cfg))
     return cast(CommandConfig, cfg)
 
 
@@ -91,19 +108,15 @@ def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:
     Raises:
         ConfigError: there is no such algorithm.
     """
-    module_name = f"rlhf_cli.algos.{name}"
     valid = catalog.choices("algo")
     if name not in valid:
         raise ConfigError(f"algo.name={name} does not name an algorithm", todo=advice(str(name), valid))
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise
+    module = _module("rlhf_cli.algos", name)
+    if module is None:
         raise ConfigError(
             f"algorithm '{name}' has no module rlhf_cli/algos/{name}.py (or algos/{name}.py under --config-dir)",
             todo=advice(name, [choice for choice in valid if choice != name]),
-        ) from None
+        )
     schema = getattr(module, "Config", None)
     if not (isinstance(schema, type) and issubclass(schema, AlgoConfig)):
         raise ConfigError(
@@ -111,6 +124,55 @@ def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:
             todo="Define `@dataclass class Config(AlgoConfig)` there, one field a key of its yaml",
         )
     return schema
+
+
+def reward_schema(name: Any, catalog: Catalog) -> type[RewardConfig]:
+    """Return the config class of a reward: `CONFIGS[name]` or `Config` of rlhf_cli.rewards.<name or its first word>.
+
+    Raises:
+        ConfigError: there is no such reward.
+    """
+    valid = catalog.choices("reward")
+    if name not in valid:
+        raise ConfigError(f"reward.name={name} does not name a reward", todo=advice(str(name), valid))
+    module = _module("rlhf_cli.rewards", name) or _module("rlhf_cli.rewards", name.partition("_")[0])
+    if module is None:
+        raise ConfigError(
+            f"reward '{name}' has no module rlhf_cli/rewards/{name}.py (or rewards/{name}.py under --config-dir)",
+            todo=advice(name, [choice for choice in valid if choice != name]),
+        )
+    schema = getattr(module, "CONFIGS", {}).get(name) or getattr(module, "Config", None)
+    base = RewardConfig if name == "gold" else TrainedRewardConfig
+    if not (isinstance(schema, type) and issubclass(schema, base)):
+        raise ConfigError(
+            f"reward '{name}' has no Config(TrainedRewardConfig) class in {module.__file__}",
+            todo="Define `@dataclass class Config(TrainedRewardConfig)` there, one field a key of its yaml",
+        )
+    return schema
+
+
+def _module(package: str, name: str) -> ModuleType | None:
+    """Return <package>.<name>, or None where there is none; what fails inside it is not hidden."""
+    module_name = f"{package}.{name}"
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        return None
+
+
+def _constraint_schema(block: Any, where: Callable[[str], str]) -> type[Prior]:
+    if not isinstance(block, dict):
+        raise ConfigError(
+            f"algo.constraint={_shown(block)} (set {where('algo.constraint')}) is not a block of keys",
+            "A constraint is chosen with a slash",
+            f"Write algo/constraint=CHOICE. Choose from {', '.join(PRIORS)}",
+        )
+    name = block.get("name")
+    if name not in PRIORS:
+        raise ConfigError(f"algo.constraint.name={name} is not a constraint", todo=advice(str(name), list(PRIORS)))
+    return PRIORS[name]
 
 
 def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> ConfigError:
@@ -122,7 +184,8 @@ def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> Con
             f"{key} (set {where}) is a block of keys, not a value", todo=f"Set one of them: {members[0]}=VALUE"
         )
     if group in catalog.groups or group == "experiment":
-        others = catalog.choices_with(key)
+        # a yaml is no home of a key that is refused in it
+        others = [name for name in catalog.choices_with(key) if where != f"in {catalog.path(name.replace('=', '/'))}"]
         if others:
             return ConfigError(f"{key} (set {where}) is not a key here", f"It is a key of {', '.join(others)}")
     else:
@@ -207,93 +270,3 @@ def check_range(key: str, value: Any, metadata: Mapping[str, Any], where: str) -
     choices = metadata.get("choices")
     if choices is not None and value not in choices:
         raise ConfigError(f"{key}={value} (set {where}) is not a choice", todo=advice(str(value), list(choices)))
-
-
-def check_rules(command: str, cfg: Any) -> None:
-    """Refuse values that are valid alone and not together.
-
-    Raises:
-        ConfigError: naming the keys.
-    """
-    for stage in ("sft", "rm", "online", "pairwise"):
-        _check_stage(f"trainer.{stage}", getattr(cfg.trainer, stage))
-    if cfg.model.hidden_size % cfg.model.heads:
-        raise ConfigError(
-            f"model.hidden_size={cfg.model.hidden_size} is not divisible by model.heads={cfg.model.heads}",
-            "Every head has the same width",
-        )
-    _check_dataset(cfg.dataset)
-    if hasattr(cfg, "reward") and cfg.reward.name == "gold":
-        _check_gold(command, cfg.dataset)
-    if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
-        _check_online(cfg.algo, cfg.trainer.online)
-    if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
-        _check_closed(cfg.generation)
-
-
-def _check_closed(generation: GenerationConfig) -> None:
-    if generation.sampler == "generate":
-        raise ConfigError(
-            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
-            "Only the lean sampler restricts itself to the valid answers",
-            "Use generation.sampler=lean",
-        )
-
-
-def _check_stage(key: str, stage: StageTraining) -> None:
-    if (stage.max_steps is None) == (stage.epochs is None):
-        both = "both set" if stage.epochs is not None else "both null"
-        raise ConfigError(
-            f"{key}.max_steps and {key}.epochs are {both}",
-            "Exactly one of them says how long to train",
-            f"Set one and the other to null: {key}.max_steps=null {key}.epochs=1",
-        )
-    if stage.micro_batch_size is not None and stage.batch_size % stage.micro_batch_size:
-        raise ConfigError(
-            f"{key}.batch_size={stage.batch_size} is not divisible by {key}.micro_batch_size={stage.micro_batch_size}"
-        )
-
-
-def _check_dataset(dataset: DatasetConfig) -> None:
-    if not isinstance(dataset, TextConfig):
-        return
-    if dataset.path is None:
-        raise ConfigError(
-            f"dataset.path is null, and dataset={dataset.source} reads a file",
-            todo="Name it: dataset.path=FILE.jsonl or FILE.jsonl.gz",
-        )
-    if dataset.sft_fraction + dataset.rm_fraction >= 1:
-        raise ConfigError(
-            f"dataset.sft_fraction={dataset.sft_fraction} + dataset.rm_fraction={dataset.rm_fraction} is 1 or more",
-            "The rest of the training prompts is for alignment",
-        )
-
-
-def _check_gold(command: str, dataset: DatasetConfig) -> None:
-    if command == "train-rm":
-        raise ConfigError(
-            "train-rm reward=gold trains nothing",
-            "The gold reward is known exactly",
-            "Use reward=bt, or align reward=gold",
-        )
-    if not isinstance(dataset, SurveyConfig):
-        raise ConfigError(
-            f"reward=gold needs dataset=survey, not {dataset.source}",
-            "Only there the true reward is known",
-            "Use reward=bt",
-        )
-
-
-def _check_online(algo: OnlineAlgoConfig, online: OnlineTraining) -> None:
-    if algo.advantage == "rloo" and algo.num_generations < 2:
-        raise ConfigError(
-            "algo.advantage=rloo needs algo.num_generations >= 2",
-            "Each response is compared with the others of its prompt",
-        )
-    rollouts = online.batch_size * algo.minibatches
-    if rollouts % algo.num_generations:
-        raise ConfigError(
-            f"trainer.online.batch_size={online.batch_size} x algo.minibatches={algo.minibatches} = {rollouts} "
-            f"rollouts is not divisible by algo.num_generations={algo.num_generations}",
-            "Every prompt of a batch gets all its responses",
-        )

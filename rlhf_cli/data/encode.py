@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypedDict
+from itertools import takewhile
+from typing import Any, TypedDict
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import DatasetConfig
-from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Ranking
 from rlhf_cli.errors import DataError
 
 CHUNK = 2_000  # texts per tokenizer call
@@ -18,11 +19,23 @@ PROGRESS_FROM = 20_000  # texts; below, tokenisation takes about a second
 
 
 class PairTokens(TypedDict):
-    """A preference pair as token ids; responses without the prompt, EOS included unless truncated."""
+    """A preference pair as token ids; responses without the prompt, EOS included unless truncated.
+
+    `label` and `margin` as in `Pair`.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    label: float
+    margin: float
+
+
+class RankingTokens(TypedDict):
+    """A ranking as token ids, best response first; responses without the prompt, EOS included unless truncated."""
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
 
 
 class DemonstrationTokens(TypedDict):
@@ -64,10 +77,32 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, cfg:
     responses = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
     return [
         PairTokens(
-            prompt_ids=prompts[pair.prompt], chosen_ids=responses[pair.chosen], rejected_ids=responses[pair.rejected]
+            prompt_ids=prompts[pair.prompt],
+            chosen_ids=responses[pair.chosen],
+            rejected_ids=responses[pair.rejected],
+            label=pair.label,
+            margin=pair.margin,
         )
         for pair in pairs
     ]
+
+
+def encode_rankings(
+    rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig
+) -> list[RankingTokens]:
+    """Return the rankings as token ids. Equal texts share one list: copy before changing it."""
+    prompts = _encode_prompts(tokenizer, (ranking.prompt for ranking in rankings))
+    texts = (text for ranking in rankings for text in ranking.responses)
+    responses = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
+    return [
+        RankingTokens(prompt_ids=prompts[ranking.prompt], response_ids=[responses[text] for text in ranking.responses])
+        for ranking in rankings
+    ]
+
+
+def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many leading tokens two responses share; equal responses share their full length."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def encode_demonstrations(
@@ -89,42 +124,68 @@ def fit_to_context(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg
     - response_truncated: response over max_completion_tokens (EOS included); kept, cut when it is encoded.
     - equal_after_truncation: pairs whose cut responses no longer differ; left out.
 
+    Of a ranking's responses that are equal once cut, the best-ranked stays; with one left, the ranking is left out.
+    A ranking counts as the pairs it implies, so these are not counted twice.
+
     Raises:
         DataError: no row of some split fits, or an enumerable answer does not.
     """
     encoded = _encode_prompts(tokenizer, _prompts(data))
     fitting = {prompt for prompt, ids in encoded.items() if len(ids) <= cfg.max_prompt_tokens}
-    demonstrations = [row for row in data.demonstrations if row.prompt in fitting]
-    # One list may serve two uses (the survey's pairs do): keyed by identity, its rows are counted once.
-    given = {id(rows): rows for rows in (data.reward_pairs, data.policy_pairs, data.heldout_pairs)}
-    short = {key: [pair for pair in rows if pair.prompt in fitting] for key, rows in given.items()}
-
-    texts = [row.response for row in demonstrations]
-    texts += [text for rows in short.values() for pair in rows for text in (pair.chosen, pair.rejected)]
-    ids = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
-    kept = {key: [pair for pair in rows if ids[pair.chosen] != ids[pair.rejected]] for key, rows in short.items()}
-    counts = {
-        "prompt_too_long": len(data.demonstrations) - len(demonstrations) + _count(given) - _count(short),
-        "response_truncated": sum(ids[text][-1] != tokenizer.eos_token_id for text in texts),
-        "equal_after_truncation": _count(short) - _count(kept),
-    }
-    result = replace(
+    short = replace(
         data,
-        demonstrations=demonstrations,
-        reward_pairs=kept[id(data.reward_pairs)],
-        policy_pairs=kept[id(data.policy_pairs)],
-        heldout_pairs=kept[id(data.heldout_pairs)],
+        demonstrations=[row for row in data.demonstrations if row.prompt in fitting],
+        reward_rankings=[row for row in data.reward_rankings if row.prompt in fitting],
         prompts=[prompt for prompt in data.prompts if prompt in fitting],
         questions=[question for question in data.questions if question.prompt in fitting],
-        dropped=data.dropped | {reason: count for reason, count in counts.items() if count},
+        **_each_list(data, lambda rows: [pair for pair in rows if pair.prompt in fitting]),
     )
+    texts = [row.response for row in short.demonstrations]
+    texts += [text for rows in _lists(short) for pair in rows for text in (pair.chosen, pair.rejected)]
+    ids = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
+    result = _distinct(short, ids)
+    counts = {
+        "prompt_too_long": _count(data) - _count(short),
+        "response_truncated": sum(ids[text][-1] != tokenizer.eos_token_id for text in texts),
+        "equal_after_truncation": _count(short) - _count(result),
+    }
+    result.dropped = data.dropped | {reason: count for reason, count in counts.items() if count}
     _check_splits(data, result, cfg)
     _check_answers(result, tokenizer, cfg)
     return result
 
 
-def _count(lists: dict[int, list[Pair]]) -> int:
-    return sum(map(len, lists.values()))
+def _distinct(data: PreferenceData, ids: dict[str, list[int]]) -> PreferenceData:
+    """Return the data without pairs of equal ids, and its rankings without repeated ids."""
+    rankings = []
+    for ranking in data.reward_rankings:
+        first: dict[tuple[int, ...], str] = {}
+        for text in ranking.responses:
+            first.setdefault(tuple(ids[text]), text)
+        if len(first) > 1:
+            rankings.append(Ranking(ranking.prompt, tuple(first.values())))
+
+    def keep(rows: list[Pair]) -> list[Pair]:
+        if data.reward_rankings and rows is data.reward_pairs:
+            return [pair for ranking in rankings for pair in ranking.pairs()]
+        return [pair for pair in rows if ids[pair.chosen] != ids[pair.rejected]]
+
+    return replace(data, reward_rankings=rankings, **_each_list(data, keep))
+
+
+def _lists(data: PreferenceData) -> list[list[Pair]]:
+    """Return the lists of pairs, each once: one list may serve two uses, the survey's does."""
+    return list({id(rows): rows for rows in (data.reward_pairs, data.policy_pairs, data.heldout_pairs)}.values())
+
+
+def _each_list(data: PreferenceData, change: Callable[[list[Pair]], list[Pair]]) -> dict[str, Any]:
+    """Return the changed lists of pairs by field name; what was one list stays one."""
+    changed = {id(rows): change(rows) for rows in _lists(data)}
+    return {name: changed[id(getattr(data, name))] for name in ("reward_pairs", "policy_pairs", "heldout_pairs")}
+
+
+def _count(data: PreferenceData) -> int:
+    return len(data.demonstrations) + sum(map(len, _lists(data)))
 
 
 def _prompts(data: PreferenceData) -> Iterable[str]:

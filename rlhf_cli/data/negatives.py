@@ -114,10 +114,10 @@ def negative_pairs(
     negatives = []
     for owner, other in zip(owners, others, strict=True):
         prompt, response = pairs[owner // 2]["prompt_ids"], responses[owner]
-        # A response to the same prompt would be no damage.
-        elsewhere = responses[other] if pairs[other // 2]["prompt_ids"] != prompt else []
+        elsewhere = responses[other] if pairs[other // 2]["prompt_ids"] != prompt else []  # the same prompt's are real
         rejected = _damage(_source(rng, prompt, response, elsewhere, vocab, eos), valid[tuple(prompt)], limit)
-        negatives.append(PairTokens(prompt_ids=prompt, chosen_ids=response, rejected_ids=rejected))
+        row = PairTokens(prompt_ids=prompt, chosen_ids=response, rejected_ids=rejected, label=1.0, margin=0.0)
+        negatives.append(row)
     return negatives
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,30 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with a preferred and a less preferred response."""
+    """A prompt with a preferred and a less preferred response.
+
+    Args:
+        label: probability that `chosen` is the better one, in [0.5, 1]; at 0.5 neither is preferred.
+        margin: by how much the better one is better, nats, >= 0; 0 where the data do not say.
+    """
 
     prompt: str
     chosen: str
     rejected: str
+    label: float = 1.0
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt with K >= 2 different responses, best first."""
+
+    prompt: str
+    responses: tuple[str, ...]
+
+    def pairs(self) -> list[Pair]:
+        """Return the K (K - 1) / 2 pairs the ranking implies: each response is preferred to all after it."""
+        return [Pair(self.prompt, better, worse) for better, worse in combinations(self.responses, 2)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,7 @@ class Question:
 
 @dataclass
 class PreferenceData:
-    """All a dataset offers, already split.
+    """All a dataset offers, already split. Where it has rankings, the pairs of a split are all that its rankings imply.
 
     Args:
         demonstrations: for SFT.
@@ -58,6 +78,7 @@ class PreferenceData:
         gold: the world's own reward of (prompt, response), nats; None where it is not known.
         word_level: True: one token a word; False: byte-level BPE trained on this text.
         dropped: how many rows were left out, by reason.
+        reward_rankings: K-way judgements for the reward model; empty where the dataset has only pairs.
     """
 
     demonstrations: list[Demonstration]
@@ -69,3 +90,4 @@ class PreferenceData:
     gold: Callable[[str, str], float] | None = None
     word_level: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
+    reward_rankings: list[Ranking] = field(default_factory=list)

@@ -7,14 +7,15 @@ softmax(gold), the reference's habits, every closed-form optimum and every dista
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
+from math import ceil, exp
 
 import numpy as np
 import yaml
 
 from rlhf_cli.config.schema import SurveyConfig
-from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Question
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Question, Ranking
 from rlhf_cli.errors import ConfigError
 
 MIN_ANSWERS, MAX_ANSWERS = 4, 8
@@ -35,19 +36,15 @@ class SurveyWorld:
 
     def gold(self, prompt: str, response: str) -> float:
         """Return the gold reward, nats: log share of a valid answer, else `gold_offset_reward`."""
-        return self._rewards().get((prompt, " ".join(response.split())), self.gold_offset_reward)
+        return self._rewards.get((prompt, " ".join(response.split())), self.gold_offset_reward)
 
+    @cached_property
     def _rewards(self) -> dict[tuple[str, str], float]:
-        return _gold_table(self)
-
-
-@cache
-def _gold_table(world: SurveyWorld) -> dict[tuple[str, str], float]:
-    return {
-        (question.prompt, answer): float(np.log(share))
-        for question in world.questions
-        for answer, share in zip(question.answers, question.people or (), strict=True)
-    }
+        return {
+            (question.prompt, answer): float(np.log(share))
+            for question in self.questions
+            for answer, share in zip(question.answers, question.people or (), strict=True)
+        }
 
 
 @cache
@@ -114,20 +111,33 @@ def _writer_shares(rng: np.random.Generator, people: tuple[float, ...], *, share
 
 
 def load_survey(cfg: SurveyConfig) -> PreferenceData:
-    """Return the data of the world: demonstrations by the writer, pairs from Bradley-Terry with the gold reward."""
+    """Return the data of the world: demonstrations by the writer, judgements by people who look at reward and length.
+
+    A judge's reward of an answer is gold + length_bias * (its number of words), nats. With ranking_size 2 the
+    judgements are Bradley-Terry pairs; with K > 2, Plackett-Luce rankings of up to K answers, ceil(pairs / (K (K-1)/2))
+    of them, and the pairs are those they imply. Held-out pairs are made alike. Neither K nor the bias changes the
+    world, its gold reward or the demonstrations.
+    """
     world = make_world(cfg)
     rng = np.random.default_rng([cfg.seed, 11])
     trained = [question for question in world.questions if not question.heldout]
-    pairs = _draw_pairs(rng, trained, cfg.pairs)
+    pairs = _draw_pairs(rng, trained, cfg.pairs, cfg.length_bias)
+    demonstrations = _draw_demonstrations(rng, trained, cfg.demonstrations)
+    heldout = _draw_pairs(rng, trained, cfg.heldout_pairs, cfg.length_bias)
+    rankings: list[Ranking] = []
+    if cfg.ranking_size > 2:  # drawn last, so that the demonstrations are those of ranking_size 2
+        rankings = _draw_rankings(rng, trained, cfg.pairs, cfg)
+        pairs, heldout = _implied(rankings), _implied(_draw_rankings(rng, trained, cfg.heldout_pairs, cfg))
     return PreferenceData(
-        demonstrations=_draw_demonstrations(rng, trained, cfg.demonstrations),
+        demonstrations=demonstrations,
         reward_pairs=pairs,
         policy_pairs=pairs,
         prompts=[question.prompt for question in trained],
-        heldout_pairs=_draw_pairs(rng, trained, cfg.heldout_pairs),
+        heldout_pairs=heldout,
         questions=list(world.questions),
         gold=world.gold,
         word_level=True,
+        reward_rankings=rankings,
     )
 
 
@@ -140,8 +150,11 @@ def _draw_demonstrations(rng: np.random.Generator, questions: list[Question], co
     return rows
 
 
-def _draw_pairs(rng: np.random.Generator, questions: list[Question], count: int) -> list[Pair]:
-    """Draw two different answers uniformly; the first is preferred with probability sigmoid(gold difference)."""
+def _draw_pairs(rng: np.random.Generator, questions: list[Question], count: int, length_bias: float) -> list[Pair]:
+    """Draw two different answers uniformly; which is preferred is drawn from Bradley-Terry.
+
+    P(first) = sigmoid(gold_1 - gold_2 + length_bias * (words_1 - words_2))
+    """
     rows = []
     first, second, luck = rng.random(count), rng.random(count), rng.random(count)
     for number in range(count):
@@ -150,11 +163,44 @@ def _draw_pairs(rng: np.random.Generator, questions: list[Question], count: int)
         one = int(first[number] * size)
         other = (one + 1 + int(second[number] * (size - 1))) % size
         assert question.people is not None
-        share_one, share_other = question.people[one], question.people[other]
-        wins = luck[number] < share_one / (share_one + share_other)  # sigmoid(log share_one - log share_other)
+        lead = length_bias * (_words(question.answers[one]) - _words(question.answers[other]))
+        # Of the two factors the larger is 1, so that neither overflows.
+        weight_one = question.people[one] * exp(min(lead, 0.0))
+        weight_other = question.people[other] * exp(min(-lead, 0.0))
+        wins = luck[number] < weight_one / (weight_one + weight_other)
         chosen, rejected = (one, other) if wins else (other, one)
         rows.append(Pair(question.prompt, question.answers[chosen], question.answers[rejected]))
     return rows
+
+
+def _draw_rankings(rng: np.random.Generator, questions: list[Question], pairs: int, cfg: SurveyConfig) -> list[Ranking]:
+    """Draw K different answers uniformly, fewer if the question has fewer; their order is drawn from Plackett-Luce.
+
+    P(y_1, ..., y_K) = prod_k exp(r_k) / sum_{j >= k} exp(r_j), with the judge's reward r: sorted by r plus a standard
+    Gumbel variable each, best first.
+
+    Args:
+        pairs: how many pairs the rankings would imply if every question had K answers.
+    """
+    size = min(cfg.ranking_size, MAX_ANSWERS)
+    rows = []
+    for number in range(ceil(pairs / (size * (size - 1) // 2))):
+        question = questions[number % len(questions)]
+        assert question.people is not None
+        words = np.array([_words(answer) for answer in question.answers])
+        drawn = rng.permutation(len(words))[:size]
+        judged = np.log(question.people)[drawn] + cfg.length_bias * words[drawn] + rng.gumbel(size=len(drawn))
+        order = drawn[np.argsort(-judged)]
+        rows.append(Ranking(question.prompt, tuple(question.answers[i] for i in order)))
+    return rows
+
+
+def _implied(rankings: list[Ranking]) -> list[Pair]:
+    return [pair for ranking in rankings for pair in ranking.pairs()]
+
+
+def _words(answer: str) -> int:
+    return len(answer.split())
 
 
 def describe_world(world: SurveyWorld) -> str:

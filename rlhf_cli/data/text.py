@@ -1,4 +1,4 @@
-"""Preference pairs from a local .jsonl or .jsonl.gz file: checked row by row, then split by prompt."""
+"""Preferences from a local .jsonl or .jsonl.gz file: checked row by row (text_row.py), then split by prompt."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import TextConfig
-from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Ranking
+from rlhf_cli.data.text_row import is_ranking, read_row
 from rlhf_cli.errors import ConfigError, DataError
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-COLUMNS = {"hh_rlhf": ("chosen", "rejected"), "preferences": ("prompt", "chosen", "rejected")}
 
 
 def load_text(cfg: TextConfig) -> PreferenceData:
     """Return the checked preference rows of `cfg.path`, split by prompt: no prompt is in two splits.
 
-    `hh_rlhf` rows hold two dialogues that share all but the last Assistant turn; `preferences` rows hold prompt,
-    chosen and rejected. Responses are stripped; rows that carry no preference are left out and counted in `dropped`.
+    `hh_rlhf` rows hold two dialogues that share all but the last Assistant turn. `preferences` rows hold prompt, chosen
+    and rejected, and may hold label and margin (see `Pair`), or they all hold prompt and responses, best first.
+    Responses are stripped; rows that carry no preference are left out and counted in `dropped`. A pair with label 0.5
+    is there for the reward model; elsewhere it would need a direction, and is counted as `no_direction`.
 
     Raises:
         DataError: the file is missing, empty or not JSON lines; a row lacks a column or holds something other than
-            text; no row is usable; too few prompts for the splits.
+            text, or a label or margin out of range; pairs and rankings are mixed; no row is usable; too few prompts
+            for the splits, or a split without a direction.
         ConfigError: sft_fraction + rm_fraction leave nothing for alignment.
     """
     if cfg.sft_fraction + cfg.rm_fraction >= 1:
@@ -39,16 +40,8 @@ def load_text(cfg: TextConfig) -> PreferenceData:
             "lower one of them",
         )
     path = existing_file(cfg.path)
-    dropped: Counter[str] = Counter()
-    pairs = []
-    for number, row in _rows(path):
-        texts = _columns(row, cfg.source, where=f"{path}, line {number}")
-        pair = _dialogue_pair(*texts) if cfg.source == "hh_rlhf" else _plain_pair(*texts)
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            dropped[pair] += 1
-    if not pairs:
+    rows, dropped = _usable(path, cfg.source)
+    if not rows:
         if not dropped:
             raise DataError(f"{path} is empty", "", "give a file with one JSON object a line")
         counts = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
@@ -57,9 +50,35 @@ def load_text(cfg: TextConfig) -> PreferenceData:
             f"all {dropped.total()} rows were left out: {counts}",
             f"check that the rows are in the form of dataset={cfg.source}",
         )
-    data = _split(pairs, cfg)
-    data.dropped = dict(dropped)
+    data = _split(rows, cfg)
+    data.dropped = dict(dropped) | data.dropped
     return data
+
+
+def _usable(path: Path, source: str) -> tuple[list[Pair | Ranking], Counter[str]]:
+    """Return the usable rows, all pairs or all rankings, and how many others there were, by reason.
+
+    Raises:
+        DataError: a row is malformed, or is a ranking among pairs or the other way round.
+    """
+    rows: list[Pair | Ranking] = []
+    dropped: Counter[str] = Counter()
+    ranked: bool | None = None
+    for number, row in _rows(path):
+        where = f"{path}, line {number}"
+        found = read_row(row, source, where=where)
+        before, ranked = ranked, source == "preferences" and is_ranking(row)
+        if before not in (None, ranked):
+            kinds = ("a ranking", "pairs") if ranked else ("a pair", "rankings")
+            what = f"{where}: {kinds[0]} in a file of {kinds[1]}"
+            raise DataError(what, "the rows of one file are all pairs or all rankings", "make it two files")
+        if isinstance(found, str):
+            dropped[found] += 1
+            continue
+        rows.append(found)
+        if isinstance(found, Ranking) and (repeated := len(row["responses"]) - len(found.responses)):
+            dropped["duplicate_in_ranking"] += repeated
+    return rows, dropped
 
 
 def existing_file(name: str | None) -> Path:
@@ -116,66 +135,32 @@ def _parse(line: bytes, *, where: str) -> dict[str, Any]:
     return row
 
 
-def _columns(row: dict[str, Any], source: str, *, where: str) -> tuple[str, ...]:
-    """Return the text columns of a row in the order of COLUMNS."""
-    needed = COLUMNS[source]
-    other = _other_form(row, source)
-    missing = [name for name in needed if name not in row]
-    if missing or other:
-        what = f"no column {' or '.join(missing)}" if missing else "chosen and rejected are not dialogues"
-        todo = f"these rows look like dataset={other}" if other else f"give every row {', '.join(needed)}"
-        raise DataError(f"{where}: {what}", f"the row's columns are: {', '.join(row) or 'none'}", todo)
-    for name in needed:
-        value = row[name]
-        if not isinstance(value, str):
-            kind = "null" if value is None else type(value).__name__
-            raise DataError(f"{where}: {name} is {kind}, not text", "", "give plain text in every column")
-        # JSON may escape half a surrogate pair, which no tokenizer takes.
-        if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
-            raise DataError(f"{where}: {name} is not valid Unicode", "it holds half a surrogate pair", "mend the row")
-    return tuple(row[name] for name in needed)
+def _split(rows: Sequence[Pair | Ranking], cfg: TextConfig) -> PreferenceData:
+    """Return the rows split by prompt: held out, SFT, reward model, alignment. File order is kept in each."""
+    parts = _parts(rows, cfg)
+    directed = {name: [row for row in part if _has_direction(row)] for name, part in parts.items() if name != "rm"}
+    for name, part in directed.items():
+        if not part:
+            raise DataError(
+                f"every row of the {name} split of {cfg.path} has label 0.5",
+                "demonstrations, pairwise algorithms and held-out measures need to know which response is better",
+                "give it rows with other labels, or change dataset.split_seed",
+            )
+    undirected = sum(len(parts[name]) - len(part) for name, part in directed.items())
+    return PreferenceData(
+        demonstrations=[Demonstration(row.prompt, _best(row)) for row in directed["sft"]],
+        reward_pairs=_pairs(parts["rm"]),
+        policy_pairs=_pairs(directed["align"]),
+        prompts=list(dict.fromkeys(row.prompt for row in parts["align"])),
+        heldout_pairs=_pairs(directed["heldout"]),
+        dropped={"no_direction": undirected} if undirected else {},
+        reward_rankings=[row for row in parts["rm"] if isinstance(row, Ranking)],
+    )
 
 
-def _other_form(row: dict[str, Any], source: str) -> str | None:
-    """Return the other dataset's name if the row is in its form, not in that of `source`."""
-    dialogues = all(ASSISTANT in str(row.get(name, "")) for name in COLUMNS["hh_rlhf"])
-    if source == "preferences":
-        return "hh_rlhf" if dialogues and "prompt" not in row else None
-    return "preferences" if not dialogues and set(COLUMNS["preferences"]) <= set(row) else None
-
-
-def _dialogue_pair(chosen: str, rejected: str) -> Pair | str:
-    """Return the pair two dialogues make, split after their last "Assistant:", or the reason why there is none."""
-    prompt, turn, chosen_reply = chosen.rpartition(ASSISTANT)
-    other_prompt, other_turn, rejected_reply = rejected.rpartition(ASSISTANT)
-    if not turn or not other_turn:
-        return "no_shared_prompt"
-    if prompt != other_prompt:
-        return "differ_before_last_turn"
-    if HUMAN in chosen_reply or HUMAN in rejected_reply:
-        return "last_turn_not_assistant"
-    if not prompt.replace(HUMAN, "").strip():
-        return "empty_prompt"
-    return _plain_pair(prompt + turn, chosen_reply, rejected_reply)
-
-
-def _plain_pair(prompt: str, chosen: str, rejected: str) -> Pair | str:
-    """Return the pair, stripped, or the reason why it is of no use."""
-    # Responses are encoded with one space before them, so the prompt must not bring its own.
-    prompt, chosen, rejected = prompt.rstrip(" "), chosen.strip(), rejected.strip()
-    if not prompt.strip():
-        return "empty_prompt"
-    if not chosen or not rejected:
-        return "empty_response"
-    if chosen == rejected:
-        return "chosen_equals_rejected"
-    return Pair(prompt, chosen, rejected)
-
-
-def _split(pairs: list[Pair], cfg: TextConfig) -> PreferenceData:
-    """Return the pairs split by prompt: held out, SFT, reward model, alignment. File order is kept in each."""
+def _parts(rows: Sequence[Pair | Ranking], cfg: TextConfig) -> dict[str, list[Pair | Ranking]]:
     # Sorted first, so that the split depends on the prompts and the seed, not on the order of the rows.
-    prompts = sorted({pair.prompt for pair in pairs})
+    prompts = sorted({row.prompt for row in rows})
     random.Random(cfg.split_seed).shuffle(prompts)
     heldout = max(1, round(cfg.heldout_fraction * len(prompts)))
     training = len(prompts) - heldout
@@ -189,13 +174,19 @@ def _split(pairs: list[Pair], cfg: TextConfig) -> PreferenceData:
     sizes = {"heldout": heldout, "sft": sft, "rm": rm, "align": training - sft - rm}
     names = (name for name, size in sizes.items() for _ in range(size))
     split_of = dict(zip(prompts, names, strict=True))
-    rows: dict[str, list[Pair]] = {name: [] for name in sizes}
-    for pair in pairs:
-        rows[split_of[pair.prompt]].append(pair)
-    return PreferenceData(
-        demonstrations=[Demonstration(pair.prompt, pair.chosen) for pair in rows["sft"]],
-        reward_pairs=rows["rm"],
-        policy_pairs=rows["align"],
-        prompts=list(dict.fromkeys(pair.prompt for pair in rows["align"])),
-        heldout_pairs=rows["heldout"],
-    )
+    parts: dict[str, list[Pair | Ranking]] = {name: [] for name in sizes}
+    for row in rows:
+        parts[split_of[row.prompt]].append(row)
+    return parts
+
+
+def _pairs(rows: Sequence[Pair | Ranking]) -> list[Pair]:
+    return [pair for row in rows for pair in (row.pairs() if isinstance(row, Ranking) else [row])]
+
+
+def _has_direction(row: Pair | Ranking) -> bool:
+    return isinstance(row, Ranking) or row.label > 0.5
+
+
+def _best(row: Pair | Ranking) -> str:
+    return row.responses[0] if isinstance(row, Ranking) else row.chosen

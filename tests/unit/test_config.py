@@ -4,17 +4,30 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rlhf_cli import cli
 from rlhf_cli.algos.pm import Config as PmConfig
 from rlhf_cli.config import compose
 from rlhf_cli.config.catalog import Catalog, conf_dir
-from rlhf_cli.config.schema import EvaluateConfig, SurveyConfig, TextConfig, setting
+from rlhf_cli.config.schema import (
+    EvaluateConfig,
+    FixedPrior,
+    LengthPrior,
+    Prior,
+    SurveyConfig,
+    TextConfig,
+    setting,
+)
 from rlhf_cli.config.validate import COMMANDS
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.jobs import expand, job_name
+from rlhf_cli.rewards.pcrm import CosineConfig
+from rlhf_cli.rewards.warm import Config as WarmConfig
 
 TEXT = ["dataset=hh_rlhf", "dataset.path=pairs.jsonl"]
 
@@ -26,18 +39,20 @@ def every_choice() -> list[tuple[str, str]]:
         for command in COMMANDS
         for group in Catalog(command).groups
         for choice in Catalog(command).choices(group)
-        if (command, choice) != ("train-rm", "gold")
+        if (command, group, choice) != ("train-rm", "reward", "gold")
     ]
 
 
 @pytest.mark.parametrize(("command", "choice"), every_choice())
 def test_every_yaml_composes(command: str, choice: str) -> None:
     extra = ["dataset.path=pairs.jsonl"] if choice in {"dataset=hh_rlhf", "dataset=preferences"} else []
+    if choice.startswith("algo/constraint="):
+        extra = ["algo=dpo"]
     cfg = compose.load(command, [choice, *extra])
     assert type(cfg) is COMMANDS[command]
     group, name = choice.split("=")
     if group != "experiment":
-        block = getattr(cfg, group)
+        block = attrgetter(group.replace("/", "."))(cfg)
         assert getattr(block, "source" if group == "dataset" else "name") == name
 
 
@@ -134,6 +149,47 @@ REFUSED = {
     "dataset=preferences dataset.path=f dataset.sft_fraction=0.6": "is 1 or more",
     "dataset=hh_rlhf dataset.path=f reward=gold": "reward=gold needs dataset=survey",
     "dataset=hh_rlhf dataset.path=f dataset.closed_vocabulary=true": "It is a key of dataset=survey",
+    # rewards
+    "reward=pcrm": r"reward=pcrm does not exist\. The nearest choice is pcrm_.*Choose from bt, gold, pcrm_cosine",
+    "reward.name=pcrm_x": r"reward\.name=pcrm_x does not name a reward",
+    "+reward.foo=1": r"unknown key reward\.foo .*nearest valid key is reward",
+    "+reward.clp=1": r"unknown key reward\.clp .*nearest valid key is reward\.clip",
+    "reward=gold reward.negative_share=0.1": r"reward\.negative_share .* It is a key of reward=bt, reward=pcrm_cosine",
+    "reward.members=3": r"reward\.members .* It is a key of reward=warm\.$",
+    "reward=pcrm_length reward.delta=4": r"reward\.delta .* It is a key of reward=pcrm_fixed\.$",
+    "reward=warm reward.members=1": r"reward\.members=1 .* out of range\. It must be >= 2",
+    "reward=warm reward.combine=mean": r"not a choice\. .*Choose from weights, predictions",
+    "reward.label_smoothing=0.5": r"reward\.label_smoothing=0\.5 .* It must be >= 0 and < 0\.5",
+    "reward.centering=-1": r"reward\.centering=-1.* It must be >= 0",
+    "reward.calibration=width": r"reward\.calibration=width .* Choose from none, length",
+    "reward.token_wise=1.5": "must be true or false",
+    "reward=pcrm_fixed reward.delta=0": r"reward\.delta=0.* It must be > 0",
+    "reward=pcrm_length reward.beta2=0": r"reward\.beta2=0.* It must be > 0",
+    "reward=pcrm_length reward.beta3=nan": r"reward\.beta3=nan .* not a finite number",
+    # 10 / 1.001 - 10 = -.00999: equal responses would be bounded below 0
+    "reward=pcrm_length reward.beta3=-10": r"beta3=-10\.0 bound equal responses by -0\.00999001\. ",
+    "reward=pcrm_cosine reward.beta1=15": "bound equal responses by .* Raise reward.beta3 or reward.beta1",
+    "reward=pcrm_random reward.low=6": r"reward\.low=6\.0 is above reward\.high=5\.0",
+    "reward=pcrm_cosine reward.pooling=cls": r"reward\.pooling=cls does not go with reward\.encoder=sft",
+    # constraints
+    "algo/constraint=length": r"algo/constraint=length does not go with algo=pm.*Use reward=pcrm_length, or algo=dpo",
+    "algo=kl_ppo algo/constraint=random": "does not go with algo=kl_ppo.*Use reward=pcrm_random",
+    "algo=dpo algo/constraint=lenght": r"algo/constraint=lenght does not exist\. The nearest choice is length",
+    "algo=dpo algo/constraint=null": "algo/constraint=null does not exist",
+    "algo=dpo algo.constraint=length": r"algo\.constraint=length .* Write algo/constraint=CHOICE\. Choose from none, l",
+    "algo=dpo algo.constraint=null": r"algo\.constraint=null .* Write algo/constraint=CHOICE",
+    "algo/constrain=length": r"unknown key algo\.constrain .*nearest valid key is algo/constraint",
+    "algo=dpo algo.constraint.name=soft": r"algo\.constraint\.name=soft is not a constraint\. .* from none, length",
+    "algo=dpo algo.constraint.name=cosine": r"algo\.constraint\.beta1 has no value",
+    "algo=dpo algo.constraint.delta=4": r"algo\.constraint\.delta .* It is a key of algo/constraint=fixed\.$",
+    "algo=rpo algo/constraint=fixed algo.constraint.low=4": r"It is a key of algo/constraint=random\.$",
+    "algo=dpo algo/constraint=length algo.constraint.beta4=1": r"nearest valid key is algo\.constraint\.beta\d",
+    "algo=dpo algo/constraint=fixed algo.constraint.delta=-1": r"algo\.constraint\.delta=-1.* It must be > 0",
+    "algo=dpo algo/constraint=length algo.constraint.beta3=-20": r"algo\.constraint\.beta1=20\.0, .* by -0\.01998",
+    "algo=dpm algo/constraint=random algo.constraint.high=3": r"constraint\.low=4\.0 is above algo\.constraint\.high",
+    "algo=dpo algo/constraint=cosine algo.constraint.pooling=cls": r"algo\.constraint\.pooling=cls does not go with",
+    "algo=dpo algo/constraint=none,length": "lists several values.* Add -m",
+    "stage=rm": r"stage .* is not a key of align\. It belongs to evaluate",
 }
 
 
@@ -150,6 +206,11 @@ def test_refusals(overrides: str, message: str) -> None:
         ("train-rm", "reward=gold", "train-rm reward=gold trains nothing"),
         ("train-sft", "algo=pm", "algo .* is not a key of train-sft. It belongs to align, evaluate"),
         ("train-sft", "algo.beta=1", "algo.beta .* is not a key of train-sft. It belongs to align, evaluate"),
+        ("train-sft", "reward.clip=1", "reward.clip .* is not a key of train-sft. It belongs to train-rm, align"),
+        ("train-rm", "algo/constraint=length", "algo.constraint .* is not a key of train-rm. It belongs to align"),
+        ("train-rm", "stage=rm", "stage .* is not a key of train-rm. It belongs to evaluate"),
+        ("evaluate", "stage=sft", r"stage=sft .* is not a choice\. .*Choose from policy, rm"),
+        ("evaluate", "stage=null", "stage=null .* It must be text"),
     ],
 )
 def test_refusals_of_other_commands(command: str, override: str, message: str) -> None:
@@ -170,6 +231,79 @@ def test_typos_are_answered_without_heavy_imports() -> None:
         assert done.stdout.splitlines()[-1] == ("0 []" if overrides[0].startswith("--") else "2 []")
 
 
+# --- rewards and constraints -----------------------------------------------------------------------------------
+
+
+def test_types_follow_the_reward_and_the_constraint() -> None:
+    cfg = compose.load("align", ["algo=dpo", "algo/constraint=length", "reward=pcrm_cosine", "reward.encoder=bert-x"])
+    assert type(cfg.reward) is CosineConfig
+    assert (cfg.reward.beta1, cfg.reward.beta2, cfg.reward.beta3, cfg.reward.encoder) == (20.0, 0.001, -15.0, "bert-x")
+    assert type(cfg.algo.constraint) is LengthPrior
+    assert type(compose.load("align", []).algo.constraint) is Prior
+    assert type(compose.load("train-rm", ["reward=warm", "reward.members=5"]).reward) is WarmConfig
+
+
+@pytest.mark.parametrize("algo", ["dpo", "rpo", "dpm"])
+@pytest.mark.parametrize("overrides", [["algo/constraint=fixed", "algo={}"], ["algo={}", "+algo/constraint=fixed"]])
+def test_a_constraint_goes_with_every_pairwise_algorithm_in_any_order(algo: str, overrides: list[str]) -> None:
+    cfg = compose.load("align", [text.format(algo) for text in [*overrides, "algo.constraint.delta=4.5"]])
+    assert (cfg.algo.name, cfg.algo.constraint) == (algo, FixedPrior(name="fixed", delta=4.5))
+
+
+def test_the_classifier_token_goes_with_an_encoder_of_its_own() -> None:
+    for overrides in (["reward=pcrm_cosine", "reward.pooling=cls", "reward.encoder=bert-base-uncased"],):
+        assert compose.load("train-rm", overrides).reward.pooling == "cls"
+
+
+@pytest.mark.parametrize("group", ["reward", "algo/constraint"])
+def test_every_prior_bounds_equal_responses_above_zero(group: str) -> None:
+    checked = 0
+    for name in Catalog("align").choices(group):
+        values = Catalog("align").read(f"{group}/{name}")
+        if "beta1" in values:
+            checked += 1
+            assert values["beta1"] / (1 + values["beta2"]) + values["beta3"] > 0
+    assert checked == 2  # length and cosine
+
+
+def test_a_sweep_over_constraints_expands() -> None:
+    jobs = expand("align", ["algo=dpo", "algo/constraint=none,length", "seed=0,1"], None)
+    assert [job[1:] for job in jobs] == [
+        [f"algo/constraint={name}", f"seed={seed}"] for name in ("none", "length") for seed in (0, 1)
+    ]
+    asked = ["algo=dpo", "algo/constraint=none,length"]
+    assert [job_name(job, asked) for job in expand("align", asked, None)] == [
+        "algo.constraint=none",
+        "algo.constraint=length",
+    ]
+    assert len(expand("align", ["algo=dpo", "algo/constraint=glob(*)"], None)) == 5
+    with pytest.raises(ConfigError, match=r"job 2 of 2 \(algo\.constraint=length\): .* does not go with algo=pm"):
+        expand("align", ["algo/constraint=none,length"], None)
+    with pytest.raises(ConfigError, match=r"job 1 of 2 .*algo/constraint=lenght does not exist"):
+        expand("align", ["algo=dpo", "algo/constraint=lenght,none"], None)
+
+
+def test_the_printed_config_shows_the_constraint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["align", "algo=dpo", "algo/constraint=length", "--cfg", "job"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["algo"]
+    assert printed["constraint"] == {"name": "length", "beta1": 20.0, "beta2": 0.001, "beta3": -15.0}
+
+
+def test_identity_tells_constraints_and_rewards_apart() -> None:
+    choices = [[f"algo/constraint={name}"] for name in ("none", "length", "cosine", "fixed", "random")]
+    choices += [[f"reward={name}"] for name in ("pcrm_length", "pcrm_cosine", "pcrm_fixed", "pcrm_random", "warm")]
+    identities = [json.dumps(compose.identity(compose.load("align", ["algo=dpo", *choice]))) for choice in choices]
+    assert len(set(identities)) == len(choices)
+
+
+@pytest.mark.parametrize("stage", ["policy", "rm"])
+def test_evaluate_has_two_stages(stage: str) -> None:
+    assert compose.load("evaluate", [f"stage={stage}"]).stage == stage
+    assert compose.load("evaluate", []).stage == "policy"
+
+
 # --- a user's own directory ------------------------------------------------------------------------------------
 
 
@@ -177,12 +311,14 @@ def test_typos_are_answered_without_heavy_imports() -> None:
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a user's directory, with a quote in its name, whose modules are forgotten after the test."""
     import rlhf_cli.algos
+    import rlhf_cli.rewards
 
     folder = tmp_path / "ann's conf"
     folder.mkdir()
-    monkeypatch.setattr(rlhf_cli.algos, "__path__", list(rlhf_cli.algos.__path__))
+    for package in (rlhf_cli.algos, rlhf_cli.rewards):
+        monkeypatch.setattr(package, "__path__", list(package.__path__))
     yield folder
-    for name in [name for name in sys.modules if name.startswith("rlhf_cli.algos.own")]:
+    for name in [name for name in sys.modules if name.startswith(("rlhf_cli.algos.own", "rlhf_cli.rewards.own"))]:
         del sys.modules[name]
 
 
@@ -217,7 +353,11 @@ def test_an_algorithm_is_one_yaml_and_one_module(own: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "yaml_text", "message"),
     [
-        ("own_typo", "name: own_typo\nbeta: 1.0\ngian: 2.0\ngain: 1.0\n", r"algo\.gian \(set in .*own_typo\.yaml"),
+        (
+            "own_typo",
+            "name: own_typo\nbeta: 1.0\ngian: 2.0\ngain: 1.0\n",
+            r"algo\.gian \(set in .*own_typo\.yaml.* algo\.gain",
+        ),
         ("own_gap", "name: own_gap\nbeta: 1.0\n", r"algo\.gain has no value"),
         (
             "own_range",
@@ -246,6 +386,60 @@ def test_algorithm_without_module_or_config(own: Path) -> None:
     write(own / "algos/own_import.py", "import not_installed_anywhere")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
         compose.load("align", ["algo=own_import"], own)
+
+
+def own_reward(folder: Path, name: str, *, base: str = "TrainedRewardConfig", **values: object) -> None:
+    settings = {**Catalog("train-rm").read("reward/bt"), "name": name, "gain": 2.0, **values}
+    write(folder / f"reward/{name}.yaml", yaml.safe_dump(settings))
+    write(
+        folder / f"rewards/{name}.py",
+        "from dataclasses import dataclass\n"
+        f"from rlhf_cli.config.schema import {base}, setting\n"
+        "@dataclass\n"
+        f"class Config({base}):\n"
+        "    gain: float = setting(ge=0)\n",
+    )
+
+
+def test_a_reward_is_one_yaml_and_one_module(own: Path) -> None:
+    own_reward(own, "own_one")
+    for command in ("train-rm", "align", "evaluate"):
+        cfg = compose.load(command, ["reward=own_one", "reward.gain=3", "reward.centering=0.5"], own)
+        assert type(cfg.reward).__module__ == "rlhf_cli.rewards.own_one"
+        assert (cfg.reward.gain, cfg.reward.centering) == (3.0, 0.5)
+    with pytest.raises(ConfigError, match="reward.gain=-1.* out of range"):
+        compose.load("train-rm", ["reward=own_one", "reward.gain=-1"], own)
+    with pytest.raises(ConfigError, match=r"reward=own_one does not exist"):
+        compose.load("train-rm", ["reward=own_one"])
+    own_reward(own, "own_typo", gian=1)
+    with pytest.raises(
+        ConfigError, match=r"reward\.gian \(set in .*own_typo\.yaml\)\. The nearest valid key is reward\.gain"
+    ):
+        compose.load("train-rm", ["reward=own_typo"], own)
+
+
+def test_reward_without_module_or_config(own: Path) -> None:
+    write(own / "reward/own_none.yaml", "name: own_none\nclip: 5.0\n")
+    with pytest.raises(ConfigError, match=r"'own_none' has no module rlhf_cli/rewards/own_none\.py"):
+        compose.load("align", ["reward=own_none"], own)
+    write(own / "rewards/own_none.py", "import not_installed_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        compose.load("align", ["reward=own_none"], own)
+    own_reward(own, "own_bare", base="RewardConfig")  # lacks the keys that training reads
+    with pytest.raises(ConfigError, match=r"'own_bare' has no Config\(TrainedRewardConfig\) class in .*own_bare\.py"):
+        compose.load("train-rm", ["reward=own_bare"], own)
+
+
+def test_a_users_constraint_settings(own: Path) -> None:
+    write(own / "algo/constraint/own_wide.yaml", "name: fixed\ndelta: 9.0\n")
+    assert compose.load("align", ["algo=dpo", "algo/constraint=own_wide"], own).algo.constraint.delta == 9.0
+    write(own / "algo/constraint/own_wide.yaml", "name: fixed\ndelta: -9.0\n")
+    with pytest.raises(ConfigError, match=r"algo\.constraint\.delta=-9.* \(set in .*constraint/own_wide\.yaml\) .*> 0"):
+        compose.load("align", ["algo=dpo", "algo/constraint=own_wide"], own)
+    text = "# @package _global_\ndefaults:\n  - override /algo: dpo\n  - override /algo/constraint: fixed\n"
+    write(own / "experiment/bounded.yaml", f"{text}algo: {{constraint: {{delta: 4.5}}}}\n")
+    cfg = compose.load("align", ["experiment=bounded"], own)
+    assert (cfg.algo.name, cfg.algo.constraint.delta) == ("dpo", 4.5)
 
 
 def test_a_users_experiment(own: Path) -> None:
@@ -306,6 +500,18 @@ def test_another_choice_drops_the_runs_values_of_that_group(tmp_path: Path) -> N
     run = record(tmp_path / "run", command="align", overrides=["algo.alpha=0.5"], config_dir=None)
     assert compose.load("evaluate", [f"policy={run}"]).algo.alpha == 0.5
     assert compose.load("evaluate", [f"policy={run}", "algo=dpo"]).algo.name == "dpo"
+
+
+def test_another_algorithm_or_constraint_drops_the_runs_constraint(tmp_path: Path) -> None:
+    asked = ["algo=dpo", "algo/constraint=fixed", "algo.constraint.delta=4.5", "algo.beta=0.2"]
+    run = record(tmp_path / "run", command="align", overrides=asked, config_dir=None)
+    same = compose.load("evaluate", [f"policy={run}"]).algo
+    assert (same.name, same.beta, same.constraint) == ("dpo", 0.2, FixedPrior(name="fixed", delta=4.5))
+    assert compose.load("evaluate", [f"policy={run}", "algo=pm"]).algo.constraint.name == "none"
+    other = compose.load("evaluate", [f"policy={run}", "algo/constraint=length"]).algo
+    assert (other.beta, other.constraint.name) == (0.2, "length")
+    finer = compose.load("evaluate", [f"policy={run}", "algo.constraint.delta=3"]).algo
+    assert (finer.beta, finer.constraint) == (0.2, FixedPrior(name="fixed", delta=3.0))
 
 
 def test_evaluate_finds_the_runs_own_directory(own: Path, tmp_path: Path) -> None:

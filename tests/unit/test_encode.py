@@ -15,11 +15,13 @@ from rlhf_cli.data.encode import (
     encode_demonstrations,
     encode_pairs,
     encode_prompt,
+    encode_rankings,
     encode_response,
     fit_to_context,
+    shared_tokens,
 )
 from rlhf_cli.data.negatives import damaged, negative_pairs
-from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Question
+from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Question, Ranking
 from rlhf_cli.data.tokenizer import bpe_tokenizer, word_tokenizer
 from rlhf_cli.errors import DataError
 
@@ -64,16 +66,48 @@ def test_decoding_ends_at_eos_and_hides_nothing_before_it() -> None:
 
 
 def test_pairs_and_demonstrations_become_ids_in_their_order() -> None:
-    pairs = [Pair("a ?", "b", "c d e"), Pair("b", "c", "d"), Pair("a ?", "b", "c")]
+    pairs = [Pair("a ?", "b", "c d e"), Pair("b", "c", "d", 0.75, 0.5), Pair("a ?", "b", "c")]
+    certain = {"label": 1.0, "margin": 0.0}
     assert encode_pairs(pairs, WORDS, CONFIG) == [
-        {"prompt_ids": [BOS, 5, 4], "chosen_ids": [6, EOS], "rejected_ids": [7, 8, 9]},
-        {"prompt_ids": [BOS, 6], "chosen_ids": [7, EOS], "rejected_ids": [8, EOS]},
-        {"prompt_ids": [BOS, 5, 4], "chosen_ids": [6, EOS], "rejected_ids": [7, EOS]},
+        {"prompt_ids": [BOS, 5, 4], "chosen_ids": [6, EOS], "rejected_ids": [7, 8, 9], **certain},
+        {"prompt_ids": [BOS, 6], "chosen_ids": [7, EOS], "rejected_ids": [8, EOS], "label": 0.75, "margin": 0.5},
+        {"prompt_ids": [BOS, 5, 4], "chosen_ids": [6, EOS], "rejected_ids": [7, EOS], **certain},
     ]
     assert encode_demonstrations([Demonstration("a ?", "b c")], WORDS, CONFIG) == [
         {"prompt_ids": [BOS, 5, 4], "completion_ids": [6, 7, EOS]}
     ]
     assert encode_pairs([], WORDS, CONFIG) == []
+
+
+def test_rankings_become_ids_best_first_with_the_ids_of_their_pairs() -> None:
+    ranking = Ranking("a ?", ("c d e", "b", "d"))
+    assert encode_rankings([ranking], WORDS, CONFIG) == [
+        {"prompt_ids": [BOS, 5, 4], "response_ids": [[7, 8, 9], [6, EOS], [8, EOS]]}
+    ]
+    best, second, _ = encode_rankings([ranking], WORDS, CONFIG)[0]["response_ids"]
+    pair = encode_pairs(ranking.pairs()[:1], WORDS, CONFIG)[0]
+    assert (pair["chosen_ids"], pair["rejected_ids"]) == (best, second)
+    assert encode_rankings([], WORDS, CONFIG) == []
+
+
+def test_a_ranking_implies_a_pair_for_every_two_of_its_responses() -> None:
+    assert Ranking("p", ("a", "b", "c")).pairs() == [Pair("p", "a", "b"), Pair("p", "a", "c"), Pair("p", "b", "c")]
+    assert len(Ranking("p", tuple("abcdef")).pairs()) == 6 * 5 / 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ([5, 6, EOS], [5, 7, EOS], 1),
+        ([5, EOS], [5, 6, EOS], 1),  # the shorter one's EOS already differs
+        ([5, 6], [5, 6, EOS], 2),  # cut: a prefix of the other
+        ([6, 5, EOS], [7, 5, EOS], 0),  # what is alike after the first difference does not count
+        ([5, 6, EOS], [5, 6, EOS], 3),
+        ([], [5], 0),
+    ],
+)
+def test_shared_tokens_end_at_the_first_difference(first: list[int], second: list[int], shared: int) -> None:
+    assert shared_tokens(first, second) == shared_tokens(second, first) == shared
 
 
 def test_each_text_is_tokenised_once() -> None:
@@ -114,6 +148,35 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted() -> None:
     assert fitted.dropped["equal_after_truncation"] == 1
 
 
+def ranked_data(rankings: list[Ranking]) -> PreferenceData:
+    pairs = [pair for ranking in rankings for pair in ranking.pairs()]
+    return preference_data(reward_rankings=rankings, reward_pairs=pairs, policy_pairs=pairs)
+
+
+def test_rankings_are_fitted_and_count_as_the_pairs_they_imply() -> None:
+    long = Ranking("a b c ?", ("b", "c"))  # 1 pair
+    # cut to 3 tokens the first and the last are equal: [b d] is left, 1 of 3 pairs
+    repeated = Ranking("a ?", ("b c d e", "d", "b c d f"))
+    equal = Ranking("a ?", ("b c d e", "b c d f"))  # 1 pair, none left
+    whole = Ranking("a ?", ("b", "c", "d"))
+    fitted = fit_to_context(ranked_data([long, repeated, equal, whole]), WORDS, CONFIG)
+    assert fitted.reward_rankings == [Ranking("a ?", ("b c d e", "d")), whole]
+    assert fitted.reward_pairs == [Pair("a ?", "b c d e", "d"), *whole.pairs()]
+    assert fitted.policy_pairs is fitted.reward_pairs
+    # the cut responses stand in 2 + 2 pairs of `repeated` and in both places of `equal`
+    assert fitted.dropped == {"prompt_too_long": 1, "equal_after_truncation": 2 + 1, "response_truncated": 6}
+
+
+def test_rankings_that_fit_are_left_as_they_are() -> None:
+    data = ranked_data([Ranking("a ?", ("b", "c", "d")), Ranking("b ?", ("c", "a"))])
+    assert fit_to_context(data, WORDS, CONFIG) == data
+
+
+def test_no_fitting_ranking_is_refused() -> None:
+    with pytest.raises(DataError, match="none of the 3 reward pairs fits.*max_prompt_tokens=4"):
+        fit_to_context(ranked_data([Ranking("a b c ?", ("b", "c", "d"))]), WORDS, CONFIG)
+
+
 def test_a_split_without_a_fitting_row_is_refused() -> None:
     data = preference_data(heldout_pairs=[Pair("a b c d ?", "b", "c")])
     with pytest.raises(DataError, match="none of the 1 heldout pairs fits.*max_prompt_tokens=4"):
@@ -149,6 +212,10 @@ def negatives(share: float, seed: int = 0, **settings: Any) -> list[PairTokens]:
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 400), (0.5, 1200)])
 def test_negatives_make_up_their_share(share: float, count: int) -> None:
     assert len(negatives(share)) == count
+
+
+def test_negatives_are_certain_and_name_no_margin() -> None:
+    assert {(row["label"], row["margin"]) for row in negatives(0.25)} == {(1.0, 0.0)}
 
 
 def test_negatives_are_the_same_for_the_same_seed() -> None:

@@ -1,4 +1,4 @@
-"""Every PPO and RPO value of the official code, through the public functions, to 1e-6."""
+"""Every PPO, RPO and PCRM value of the official code, through the public functions, to 1e-6."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from golden_values import PPO, RPO
+from golden_values import PCRM, PCRM_DPO, PPO, RPO
 from torch import Tensor
 
 from rlhf_cli.algos.dpo import dpo_loss
 from rlhf_cli.algos.pm import effective_reference
 from rlhf_cli.algos.ppo import gae, policy_loss, token_rewards, value_loss
 from rlhf_cli.algos.rpo import rpo_loss, sft_term
+from rlhf_cli.rewards.pcrm import angular_similarity, length_ratio, margin_bound, pcrm_loss
 
 SIDES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 each_ppo_case = pytest.mark.parametrize("case", PPO, ids=[f"alpha={c['alpha']}" for c in PPO])
 each_rpo_case = pytest.mark.parametrize("case", RPO, ids=[f"{c['sft_reduction']}-eta={c['eta']}" for c in RPO])
+each_pcrm_case = pytest.mark.parametrize("case", PCRM, ids=[f"{c['method']}-beta1={c['beta1']}" for c in PCRM])
+each_pcrm_dpo_case = pytest.mark.parametrize("case", PCRM_DPO, ids=[f"beta1={c['beta1']}" for c in PCRM_DPO])
 
 
 def f64(values: Any) -> Tensor:
@@ -86,3 +89,31 @@ def test_rpo_as_dpo_plus_the_sft_term(case: dict[str, Any]) -> None:
     for numbers in (mask, mask.double(), mask.long()):
         found = case["dpo_loss"] + weight * sft_term(spread, numbers, reduction=reduction)
         equal(found, case["loss"])
+
+
+def bound(similarity: Tensor, case: dict[str, Any]) -> Tensor:
+    return margin_bound(similarity, beta1=case["beta1"], beta2=case["beta2"], beta3=case["beta3"])
+
+
+@each_pcrm_case
+def test_pcrm_from_lengths_or_embeddings_to_the_loss(case: dict[str, Any]) -> None:
+    measure, of = {
+        "length_ratio": (length_ratio, "lengths"),
+        "cosine_similarity": (angular_similarity, "embeddings"),
+    }[case["method"]]
+    similarity = measure(f64(case[f"chosen_{of}"]), f64(case[f"rejected_{of}"]))
+    equal(similarity, case["similarity"])
+    equal(bound(similarity, case), case["delta_star"])
+    found = pcrm_loss(f64(case["chosen_rewards"]), f64(case["rejected_rewards"]), bound(similarity, case))
+    equal(found, case["per_pair_loss"])
+    equal(found.mean(), case["loss"])
+
+
+@each_pcrm_dpo_case
+def test_pcrm_on_the_dpo_logit(case: dict[str, Any]) -> None:
+    # the logit beta [(log pi_w - log pi_ref,w) - (log pi_l - log pi_ref,l)] is the difference of these two rewards
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (f64(case[side]) for side in SIDES)
+    rewards = case["beta"] * (policy_chosen - ref_chosen), case["beta"] * (policy_rejected - ref_rejected)
+    found = pcrm_loss(*rewards, bound(f64(case["similarity"]), case))
+    equal(found, case["per_pair_loss"])
+    equal(found.mean(), case["loss"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from functools import cache
@@ -22,7 +23,7 @@ def config(**changes: Any) -> SurveyConfig:
     settings: dict[str, Any] = {
         "source": "survey", "max_prompt_tokens": 24, "max_completion_tokens": 12, "seed": 0, "questions": 16,
         "demonstrations": 500, "pairs": 500, "heldout_pairs": 50, "gold_offset_reward": -5.0,
-        "closed_vocabulary": False,
+        "closed_vocabulary": False, "ranking_size": 2, "length_bias": 0.0,
     }  # fmt: skip
     return SurveyConfig(**{**settings, **changes})
 
@@ -155,6 +156,16 @@ def test_pairs_follow_bradley_terry_with_the_gold_reward() -> None:
     mine = [count for (prompt, _, _), count in counts.items() if prompt == question.prompt]
     assert len(mine) == size * (size - 1) / 2
     assert max(mine) < min(mine) + 8 * np.mean(mine) ** 0.5
+
+
+def test_default_judgements_are_those_of_the_first_release() -> None:
+    found = load_survey(config(demonstrations=8192, pairs=40_000, heldout_pairs=2000))  # conf/dataset/survey.yaml
+    lines = [f"{row.prompt}\t{row.response}" for row in found.demonstrations]
+    for pairs in (found.reward_pairs, found.policy_pairs, found.heldout_pairs):
+        lines += [f"{pair.prompt}\t{pair.chosen}\t{pair.rejected}" for pair in pairs]
+    digest = hashlib.sha256("\n".join(lines + found.prompts).encode()).hexdigest()
+    assert digest == "60875c390bf1a4e8f90cbedee925ee5a236427fe157b98766ceb227ff93148fa"
+    assert found.reward_rankings == []
 
 
 def test_gold_is_the_log_share_on_the_set_and_the_offset_reward_off_it() -> None:

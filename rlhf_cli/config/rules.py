@@ -1,0 +1,138 @@
+"""Rules between keys: values that are valid alone and not together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_cli.config.schema import (
+    CosinePrior,
+    DatasetConfig,
+    GenerationConfig,
+    OnlineAlgoConfig,
+    OnlineTraining,
+    Prior,
+    RandomPrior,
+    SimilarityPrior,
+    StageTraining,
+    SurveyConfig,
+    TextConfig,
+)
+from rlhf_cli.errors import ConfigError
+
+
+def check_rules(command: str, cfg: Any) -> None:
+    """Refuse values that are valid alone and not together.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    for stage in ("sft", "rm", "online", "pairwise"):
+        _check_stage(f"trainer.{stage}", getattr(cfg.trainer, stage))
+    if cfg.model.hidden_size % cfg.model.heads:
+        raise ConfigError(
+            f"model.hidden_size={cfg.model.hidden_size} is not divisible by model.heads={cfg.model.heads}",
+            "Every head has the same width",
+        )
+    _check_dataset(cfg.dataset)
+    if hasattr(cfg, "reward") and cfg.reward.name == "gold":
+        _check_gold(command, cfg)
+    if isinstance(getattr(cfg, "reward", None), Prior):
+        _check_prior("reward", cfg.reward)
+    if hasattr(cfg, "algo"):
+        _check_prior("algo.constraint", cfg.algo.constraint)
+    if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
+        _check_online(cfg.algo, cfg.trainer.online)
+    if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
+        _check_closed(cfg.generation)
+
+
+def _check_prior(key: str, prior: Prior) -> None:
+    if isinstance(prior, SimilarityPrior) and (least := prior.beta1 / (1 + prior.beta2) + prior.beta3) <= 0:
+        raise ConfigError(
+            f"{key}.beta1={prior.beta1}, beta2={prior.beta2}, beta3={prior.beta3} bound equal responses by {least:g}",
+            "beta1 / (1 + beta2) + beta3 must be > 0, or the rejected response is trained to win",
+            f"Raise {key}.beta3 or {key}.beta1",
+        )
+    if isinstance(prior, RandomPrior) and prior.low > prior.high:
+        raise ConfigError(f"{key}.low={prior.low} is above {key}.high={prior.high}")
+    if isinstance(prior, CosinePrior) and prior.encoder == "sft" and prior.pooling == "cls":
+        raise ConfigError(
+            f"{key}.pooling=cls does not go with {key}.encoder=sft",
+            "The first token of a causal language model sees nothing of the response",
+            f"Use {key}.pooling=mean, or an encoder such as {key}.encoder=bert-base-uncased",
+        )
+
+
+def _check_closed(generation: GenerationConfig) -> None:
+    if generation.sampler == "generate":
+        raise ConfigError(
+            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
+            "Only the lean sampler restricts itself to the valid answers",
+            "Use generation.sampler=lean",
+        )
+
+
+def _check_stage(key: str, stage: StageTraining) -> None:
+    if (stage.max_steps is None) == (stage.epochs is None):
+        both = "both set" if stage.epochs is not None else "both null"
+        raise ConfigError(
+            f"{key}.max_steps and {key}.epochs are {both}",
+            "Exactly one of them says how long to train",
+            f"Set one and the other to null: {key}.max_steps=null {key}.epochs=1",
+        )
+    if stage.micro_batch_size is not None and stage.batch_size % stage.micro_batch_size:
+        raise ConfigError(
+            f"{key}.batch_size={stage.batch_size} is not divisible by {key}.micro_batch_size={stage.micro_batch_size}"
+        )
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    if not isinstance(dataset, TextConfig):
+        return
+    if dataset.path is None:
+        raise ConfigError(
+            f"dataset.path is null, and dataset={dataset.source} reads a file",
+            todo="Name it: dataset.path=FILE.jsonl or FILE.jsonl.gz",
+        )
+    if dataset.sft_fraction + dataset.rm_fraction >= 1:
+        raise ConfigError(
+            f"dataset.sft_fraction={dataset.sft_fraction} + dataset.rm_fraction={dataset.rm_fraction} is 1 or more",
+            "The rest of the training prompts is for alignment",
+        )
+
+
+def _check_gold(command: str, cfg: Any) -> None:
+    if command == "train-rm" or getattr(cfg, "stage", "policy") == "rm":
+        asked = "train-rm reward=gold trains" if command == "train-rm" else "evaluate stage=rm reward=gold judges"
+        raise ConfigError(
+            f"{asked} nothing",
+            "The gold reward is known exactly",
+            "Use reward=bt, or align reward=gold",
+        )
+    if not isinstance(cfg.dataset, SurveyConfig):
+        raise ConfigError(
+            f"reward=gold needs dataset=survey, not {cfg.dataset.source}",
+            "Only there the true reward is known",
+            "Use reward=bt",
+        )
+
+
+def _check_online(algo: OnlineAlgoConfig, online: OnlineTraining) -> None:
+    if algo.constraint.name != "none":
+        raise ConfigError(
+            f"algo/constraint={algo.constraint.name} does not go with algo={algo.name}",
+            "It bounds the logit of preference pairs, and this algorithm learns from rewards",
+            f"Use reward=pcrm_{algo.constraint.name}, or algo=dpo, rpo or dpm",
+        )
+    if algo.advantage == "rloo" and algo.num_generations < 2:
+        raise ConfigError(
+            "algo.advantage=rloo needs algo.num_generations >= 2",
+            "Each response is compared with the others of its prompt",
+        )
+    rollouts = online.batch_size * algo.minibatches
+    if rollouts % algo.num_generations:
+        raise ConfigError(
+            f"trainer.online.batch_size={online.batch_size} x algo.minibatches={algo.minibatches} = {rollouts} "
+            f"rollouts is not divisible by algo.num_generations={algo.num_generations}",
+            "Every prompt of a batch gets all its responses",
+        )
