@@ -41,6 +41,28 @@ class Sampling:
     micro_batch: int = 128
 
 
+def draw(policy: Any, prompts: list[list[int]], how: Sampling, seed: int) -> list[list[int]]:
+    """Return one response of `policy` for each prompt; the global random state is left as it was."""
+    was_training = policy.training
+    policy.eval()
+    responses: list[list[int]] = []
+    with torch.random.fork_rng():  # the GPU's state too
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), how.micro_batch):
+            responses += sample(
+                policy,
+                prompts[start : start + how.micro_batch],
+                max_new_tokens=how.max_new_tokens,
+                temperature=how.temperature,
+                top_p=1.0,
+                eos_ids=how.eos_ids,
+                pad_id=how.pad_id,
+                tree=how.tree,
+            )
+    policy.train(was_training)
+    return responses
+
+
 class SampledMeasure:
     """Samples `samples` responses to each prompt and measures them.
 
@@ -72,24 +94,7 @@ class SampledMeasure:
 
     def draw(self, policy: Any, prompts: list[list[int]]) -> list[list[int]]:
         """Return one response for each prompt; the global random state is left as it was."""
-        was_training = policy.training
-        policy.eval()
-        how, responses = self.sampling, []
-        with torch.random.fork_rng():  # the GPU's state too
-            torch.manual_seed(self.seed)
-            for start in range(0, len(prompts), how.micro_batch):
-                responses += sample(
-                    policy,
-                    prompts[start : start + how.micro_batch],
-                    max_new_tokens=how.max_new_tokens,
-                    temperature=how.temperature,
-                    top_p=1.0,
-                    eos_ids=how.eos_ids,
-                    pad_id=how.pad_id,
-                    tree=how.tree,
-                )
-        policy.train(was_training)
-        return responses
+        return draw(policy, prompts, self.sampling, self.seed)
 
     def clipped_rewards(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Return the rewards as training used them, on the CPU, (N,)."""

@@ -81,7 +81,95 @@ DROPPED = {
     "chosen_equals_rejected": "both responses are the same",
     "prompt_too_long": "the prompt is longer than dataset.max_prompt_tokens",
     "equal_after_truncation": "both responses are the same once cut",
+    "no_direction": "neither response is preferred (label 0.5)",
+    "duplicate_in_ranking": "a response stands twice in its ranking",
+    "too_few_responses": "a ranking has fewer than two different responses",
 }
+
+
+def _lengths() -> dict[str, Metric]:
+    """Return what length explains of the reward, as it is read and with and without length calibration."""
+    of = {"": "the reward as it is read", "_raw": "the reward before length calibration"}
+    of["_calibrated"] = "the reward after length calibration"
+    found = {}
+    for suffix, what in of.items():
+        correlation = f"Correlation of {what} with length, within pairs (both orders of each)"
+        slope = f"What one token more adds to {what}, within pairs (least squares through the origin)"
+        found[f"rm/length_correlation{suffix}"] = Metric("", correlation, "none")
+        found[f"rm/length_slope{suffix}"] = Metric("nats/token", slope, "none")
+    return found
+
+
+# The trust report of a reward model (measure/trust.py), on held-out pairs.
+TRUST = {
+    "rm/accuracy": Metric("share", "Pairs that the reward model orders as people did; a tie is one half", "higher"),
+    "rm/log_loss": Metric(
+        "nats", "Cross-entropy of sigma(reward difference) and the labels; log 2 knows nothing", "lower"
+    ),
+    "rm/brier": Metric("", "Mean squared gap of sigma(reward difference) and the labels; 1/4 knows nothing", "lower"),
+    "rm/ece": Metric("share", "Expected calibration error: how far confidence is from the share of wins", "lower"),
+    "rm/margin/mean": Metric("nats", "Mean margin, reward of the preferred response minus the other", "none"),
+    "rm/margin/std": Metric("nats", "Standard deviation of the margin over pairs", "none"),
+    **{
+        f"rm/margin/q{percent:02d}": Metric("nats", f"Margin that {percent} % of the pairs stay below", "none")
+        for percent in (5, 25, 50, 75, 95)
+    },
+    "rm/bound/mean": Metric("nats", "Mean prior bound delta* of the pairs that have one", "none"),
+    "rm/bound/half": Metric("nats", "Mean delta*/2, the margin at which the prior-constrained loss is least", "none"),
+    "rm/beyond_bound": Metric("share", "Pairs with a prior bound whose margin is beyond delta*", "lower"),
+    "rm/beyond_half": Metric("share", "Pairs with a prior bound whose margin is beyond delta*/2", "none"),
+    **_lengths(),
+    "rm/length_correlation_labels": Metric("", "Correlation of the labels with length: what people favour", "none"),
+    **{
+        f"rm/accuracy_{name}": Metric("share", f"Accuracy on pairs whose preferred response is {which}", "higher")
+        for name, which in (
+            ("longer_won", "the longer one"),
+            ("shorter_won", "the shorter one"),
+            ("equal_length", "as long as the other"),
+        )
+    },
+    "rm/gold_spearman": Metric(
+        "", "Rank correlation (Spearman) of reward and gold over a question's answers", "higher"
+    ),
+    "rm/gold_kendall": Metric("", "Kendall's tau-b of reward and gold over a question's answers", "higher"),
+    "rm/gold_tv": Metric("share", "Total variation of softmax(reward) from softmax(gold) on the answers", "lower"),
+    "rm/score_dataset/mean": Metric("nats", "Mean reward of held-out dataset responses", "none"),
+    "rm/score_dataset/std": Metric("nats", "Standard deviation of the reward over dataset responses", "none"),
+    "rm/score_policy/mean": Metric("nats", "Mean reward of policy samples", "none"),
+    "rm/score_policy/std": Metric("nats", "Standard deviation of the reward over policy samples", "none"),
+    "rm/score_policy_best/mean": Metric("nats", "Mean over prompts of the best sample's reward", "none"),
+    "rm/score_policy_beyond": Metric(
+        "share", "Policy samples that score above the 99th percentile of dataset responses", "none"
+    ),
+    "rm/score_shift": Metric(
+        "", "Mean reward of policy samples minus dataset responses, in standard deviations of the latter", "none"
+    ),
+    # Several members (WARM)
+    "rm/disagreement": Metric(
+        "nats", "Standard deviation over members of a pair's reward difference, mean over pairs", "none"
+    ),
+    "rm/member_flip": Metric("share", "Pairs that not all members order alike", "none"),
+    **{
+        f"rm/member_accuracy/{name}": Metric("share", f"Accuracy, {name} over members", "higher")
+        for name in ("mean", "min", "max")
+    },
+    "rm/member_log_loss/mean": Metric("nats", "Log-loss, mean over members", "lower"),
+    "rm/member_ece/mean": Metric("share", "Expected calibration error, mean over members", "lower"),
+    "rm/ensemble_accuracy": Metric("share", "Accuracy of the mean of the members' rewards", "higher"),
+    "rm/ensemble_log_loss": Metric("nats", "Log-loss of the mean of the members' rewards", "lower"),
+    "rm/ensemble_ece": Metric("share", "Expected calibration error of the mean of the members' rewards", "lower"),
+}
+
+
+def _bounded(prefix: str) -> dict[str, Metric]:
+    """Return what is logged of the prior bound while training: of reward differences (rm/) or DPO logits."""
+    return {
+        f"{prefix}bound": Metric("nats", "Mean prior bound delta* of the pairs of the batch", "none"),
+        f"{prefix}bound_half": Metric("nats", "Mean delta*/2 of the pairs of the batch", "none"),
+        f"{prefix}beyond_bound": Metric("share", "Pairs of the batch whose margin is beyond delta*", "lower"),
+        f"{prefix}bounded_margin": Metric("nats", "Mean margin of the pairs of the batch that have a bound", "none"),
+    }
+
 
 GLOSSARY: dict[str, Metric] = {
     **{key: metric for family, target in TARGETS.items() for key, metric in _distances(family, target).items()},
@@ -105,6 +193,7 @@ GLOSSARY: dict[str, Metric] = {
     "reward/std": Metric("nats", "Standard deviation of the reward over responses", "none"),
     "reward/clip_fraction": Metric("share", "Responses whose reward was clipped", "lower"),
     "score/mean": Metric("nats", "Mean raw score of the reward model, before centring and clipping", "none"),
+    "score/std": Metric("nats", "Standard deviation of the raw scores of the reward model", "none"),
     "kl/per_token": Metric(
         "nats/token", "Exact KL(policy || reference) over the vocabulary, mean over response tokens", "none"
     ),
@@ -136,7 +225,9 @@ GLOSSARY: dict[str, Metric] = {
     "dpo_loss": Metric("nats", "The DPO part of the loss", "lower"),
     "sft_term": Metric("nats", "The SFT term of the loss, before its weight", "lower"),
     "accuracy": Metric("share", "Pairs whose chosen response has the larger implicit reward", "higher"),
-    "margin": Metric("nats", "Mean implicit reward of chosen minus rejected", "higher"),
+    "margin": Metric("nats", "Mean reward (a policy's: implicit) of chosen minus rejected", "higher"),
+    "constraint_loss": Metric("nats", "The prior constraint's part of the loss", "lower"),
+    **_bounded(""),
     "chosen_logps": Metric("nats", "Mean log-prob of chosen responses under the policy", "higher"),
     "rejected_logps": Metric("nats", "Mean log-prob of rejected responses under the policy", "none"),
     "chosen_logps_change": Metric(
@@ -146,8 +237,9 @@ GLOSSARY: dict[str, Metric] = {
     "sft/loss": Metric(
         "nats/token", "Cross-entropy of held-out or training demonstrations under the SFT policy", "lower"
     ),
-    "rm/loss": Metric("nats", "Bradley-Terry loss of the reward model", "lower"),
-    "rm/accuracy": Metric("share", "Pairs that the reward model orders as people did", "higher"),
+    "rm/loss": Metric("nats", "Training loss of the reward model", "lower"),
+    **_bounded("rm/"),
+    **TRUST,
     "rm/negative_accuracy": Metric(
         "share", "Damaged responses that the reward model scores below the intact one", "higher"
     ),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.calibration import CALIBRATION_FILE, LengthCalibration
 from rlhf_cli.models.tokens import TokenBatch, collate
 
 CENTRE_FILE = "reward.json"
@@ -53,7 +54,11 @@ def token_values(model: Any, batch: TokenBatch) -> Tensor:
 
 def sequence_scores(model: Any, batch: TokenBatch) -> Tensor:
     """Return the raw score of each response, read at its last token, (B,)."""
-    values = token_values(model, batch)
+    return last_values(token_values(model, batch), batch)
+
+
+def last_values(values: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the value at the last token of each sequence, (B,), of values (B, P + T)."""
     positions = torch.arange(values.shape[1], device=values.device)
     last = (positions * batch.attention_mask).amax(-1, keepdim=True)
     return values.gather(-1, last).squeeze(-1)
@@ -85,13 +90,24 @@ class ModelReward:
     """The centred score of a reward model that shares the policy's tokenizer.
 
     Token ids are scored as sampled, end-of-sequence included: text would lose it, and with it the score.
+
+    Args:
+        path: model folder with reward.json.
+        pad_id: padding token.
+        device: cpu or cuda.
+        calibration: "length" takes out what length explains (calibration.py); "none" reads the score as it is.
+        micro_batch: sequences per forward.
+
+    Raises:
+        RunError: calibration is "length" and the folder holds none.
     """
 
-    def __init__(self, path: Path, pad_id: int, device: str, micro_batch: int = 256) -> None:
+    def __init__(self, path: Path, pad_id: int, device: str, calibration: str = "none", micro_batch: int = 256) -> None:
         from rlhf_cli.models.policy import freeze
 
         self.model = freeze(load_reward_model(path, device))
         self.centre, self.pad_id, self.device, self.micro_batch = load_centre(path), pad_id, device, micro_batch
+        self.calibration = LengthCalibration.load(path / CALIBRATION_FILE) if calibration == "length" else None
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
@@ -102,7 +118,21 @@ class ModelReward:
         """
         batch = collate(prompts, responses, self.pad_id, self.device)
         scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(self.micro_batch)])
-        return require_finite(scores - self.centre)
+        rewards = require_finite(scores - self.centre)
+        if self.calibration is None:
+            return rewards
+        return rewards - self.calibration.offset(batch.response_mask.sum(-1).to(rewards.dtype))
+
+
+class EnsembleReward:
+    """The mean of several rewards (the prediction ensemble of arXiv 2401.12187)."""
+
+    def __init__(self, members: Sequence[Reward]) -> None:
+        self.members = members
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        """Return the mean centred rewards, (B,)."""
+        return torch.stack([member(prompts, responses) for member in self.members]).mean(0)
 
 
 class GoldReward:

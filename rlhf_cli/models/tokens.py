@@ -74,3 +74,10 @@ def collate(
         response_ids.to(device),
         response_mask.to(device),
     )
+
+
+def shared_prefix(batch: TokenBatch) -> Tensor:
+    """Return how many leading tokens the two responses of each pair share, (B,); rows are chosen, rejected, chosen …"""
+    first, second = batch.response_ids[0::2], batch.response_ids[1::2]
+    same = (first == second) & batch.response_mask[0::2] & batch.response_mask[1::2]
+    return same.long().cumprod(-1).sum(-1)

@@ -18,9 +18,9 @@ from rlhf_cli.metrics.glossary import describe
 MISSING = "–"
 REFERENCE = "sft"
 # Row order: from the policy everything starts at to the methods built on the baselines; others follow by name.
-ORDER = (REFERENCE, "kl_ppo", "pm", "dpm", "dpo", "rpo")
+ORDER = (REFERENCE, "kl_ppo", "pm", "dpm", "dpo", "rpo", "bt")
 # What cannot change a result: places, hardware, tracking, cadence of logs. Any other key separates runs into rows.
-IGNORED = {"seed", "run_dir", "store_dir", "device", "tracker", "policy"}
+IGNORED = {"seed", "run_dir", "store_dir", "device", "tracker", "policy", "stage"}
 IGNORED_LEAVES = {"log_every_steps", "save_every_steps", "eval_every_steps", "sampler"}
 # The part of a config that makes the reference policy and the target it is measured against.
 REFERENCE_KEYS = ("model.", "dataset.", "reward.", "generation.", "trainer.sft.", "trainer.rm.")
@@ -47,11 +47,25 @@ TEXT_COLUMNS = (
     ("length/mean", "length"),
     ("eos_rate", "ends"),
 )
+REWARD_COLUMNS = (
+    ("rm/accuracy", "right"),
+    ("rm/log_loss", "loss"),
+    ("rm/ece", "ECE"),
+    ("rm/margin/std", "scale"),
+    ("rm/bound/half", "δ*/2"),
+    ("rm/length_correlation", "length"),
+    ("rm/negative_accuracy", "damage"),
+    ("rm/gold_tv", "people"),
+    ("rm/score_policy_beyond", "beyond"),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read from its folder: policy name, resolved config, flat metrics, distributions, log lines."""
+    """A finished run, read from its folder: whose it is, resolved config, flat metrics, distributions, log lines.
+
+    `algorithm` is the policy's name, or a reward model's.
+    """
 
     path: Path
     algorithm: str
@@ -115,7 +129,14 @@ def comparison_table(runs: Sequence[Run]) -> list[Row]:
 
 
 def columns(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
-    """Return (metric key, header) of each column: exact distances where answers are enumerable, else sampled ones."""
+    """Return (metric key, header) of each column: exact distances where answers are enumerable, else sampled ones.
+
+    Reward models have columns of their own, those that any of them has.
+    """
+    if not any("pm/tv" in row.cells or "pm/pair_tv" in row.cells for row in rows):
+        found = tuple(pair for pair in REWARD_COLUMNS if any(pair[0] in row.cells for row in rows))
+        if found:
+            return found
     return SURVEY_COLUMNS if any("pm/tv" in row.cells for row in rows) else TEXT_COLUMNS
 
 
@@ -135,7 +156,7 @@ def to_rich(rows: Sequence[Row]) -> Table:
     from rich.markup import escape
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0), header_style="bold")
-    table.add_column("policy", max_width=18, overflow="fold")
+    table.add_column(_first(rows), max_width=18, overflow="fold")
     for _, header in columns(rows):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
@@ -150,7 +171,7 @@ def to_rich(rows: Sequence[Row]) -> Table:
 def to_markdown(rows: Sequence[Row]) -> str:
     """Return the table and its legend as markdown."""
     shown = columns(rows)
-    lines = ["| policy | seeds | " + " | ".join(header for _, header in shown) + " |"]
+    lines = [f"| {_first(rows)} | seeds | " + " | ".join(header for _, header in shown) + " |"]
     lines.append("|---|---:|" + "---:|" * len(shown))
     for row in rows:
         values = (" ".join(filter(None, _parts(row.cells.get(key)))).replace("±", "± ") for key, _ in shown)
@@ -256,6 +277,11 @@ def _number(value: float) -> str:
     if not math.isfinite(value) or size < 10:
         return f"{value:.3f}"
     return f"{value:.{2 if size < 100 else 1}f}" if size < 1000 else f"{value:.3g}"
+
+
+def _first(rows: Sequence[Row]) -> str:
+    """Return the header of the first column."""
+    return "reward model" if columns(rows)[0] in REWARD_COLUMNS else "policy"
 
 
 def _seeds(count: int) -> str:

@@ -80,7 +80,7 @@ def test_runs_of_earlier_stages_are_skipped(tmp_path: Path, capsys: pytest.Captu
     (folder / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(DataError, match="can be compared"):
         run([folder])
-    assert "no policy was measured there" in capsys.readouterr().err
+    assert "no policy or reward model was measured there" in capsys.readouterr().err
 
 
 def test_paths_that_are_no_runs_are_refused(tmp_path: Path) -> None:
@@ -159,3 +159,50 @@ def test_jobs_of_a_multirun_keep_their_order(tmp_path: Path) -> None:
 def test_a_lone_reference_is_drawn(tmp_path: Path) -> None:
     out = run([write_run(tmp_path / "sft", "pm", policy=None)], tmp_path / "out")
     assert (out / "compare.png").is_file()
+
+
+def write_rm(folder: Path, reward: str, seed: int, accuracy: float, **more: Any) -> Path:
+    """Write a finished run of a reward model."""
+    metrics = {"rm/accuracy": accuracy, "rm/accuracy/lo": accuracy - 0.1, "rm/accuracy/hi": accuracy + 0.1}
+    run_folder = write_run(folder, seed=seed, metrics=metrics, reward={"name": reward, "calibration": "none"}, **more)
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    if config.get("stage") != "rm":
+        del config["algo"]
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    log = [{"step": step, "rm/loss": 0.7 - step / 100} for step in (0, 10)]
+    (run_folder / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    return run_folder
+
+
+def test_reward_models_have_a_table_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for reward, accuracy in (("pcrm_length", 0.7), ("bt", 0.8)):
+        for seed in (0, 1):
+            write_rm(tmp_path / f"{reward}{seed}", reward, seed, accuracy + 0.02 * seed)
+    write_rm(tmp_path / "judged", "warm", 0, 0.9, stage="rm")  # of rlhf evaluate stage=rm
+    out = run([tmp_path])
+    table = (out / "compare.md").read_text()
+    assert table.startswith("| reward model | seeds | right |")
+    assert "| bt | 2 | 0.810 ± 0.014 |" in table  # (0.80 + 0.82) / 2, 0.02 / sqrt 2
+    assert "| warm | 1 | 0.900 [0.800, 1.000] |" in table
+    assert table.index("| bt |") < table.index("| pcrm_length |")
+    assert sorted(path.name for path in out.iterdir()) == ["compare.csv", "compare.md", "curves.png"]
+    assert capsys.readouterr().err == "", "another loss is no other target for a reward model"
+
+
+def test_reward_models_beside_policies_are_left_out_and_said_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "pm"), write_rm(tmp_path / "rm", "bt", 0, 0.8)
+    table = (run([tmp_path]) / "compare.md").read_text()
+    assert table.startswith("| policy |")
+    assert "| bt |" not in table
+    assert "left out 1 runs of reward models" in capsys.readouterr().err
+
+
+def test_reward_models_of_other_judges_are_compared_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    biased = {"source": "survey", "seed": 0, "length_bias": 0.3}
+    write_rm(tmp_path / "a", "bt", 0, 0.8), write_rm(tmp_path / "b", "bt", 1, 0.7, dataset=biased)
+    run([tmp_path])
+    assert "differ in dataset.length_bias, so they were judged on different data" in capsys.readouterr().err
