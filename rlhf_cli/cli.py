@@ -20,9 +20,9 @@ EXAMPLES = {
         "rlhf train-sft",
         "rlhf train-sft dataset=hh_rlhf dataset.path=FILE.jsonl.gz trainer.sft.max_steps=500",
     ],
-    "train-rm": ["rlhf train-rm", "rlhf train-rm seed=1 trainer.rm.learning_rate=5e-4"],
+    "train-rm": ["rlhf train-rm reward=pcrm_length", "rlhf train-rm reward=warm reward.members=4 seed=1"],
     "align": ["rlhf align algo=pm", "rlhf align -m algo=kl_ppo,pm,dpo,rpo seed=0,1,2"],
-    "evaluate": ["rlhf evaluate", "rlhf evaluate policy=RUN_DIR checkpoint=best"],
+    "evaluate": ["rlhf evaluate policy=RUN_DIR checkpoint=best", "rlhf evaluate stage=rm policy=RUN_DIR"],
     "data": ["rlhf data", "rlhf data dataset=preferences dataset.path=FILE.jsonl"],
 }
 
@@ -105,7 +105,11 @@ Cfg = Annotated[
 ]
 ConfigDir = Annotated[
     Path | None,
-    typer.Option("--config-dir", envvar="RLHF_CONFIG_DIR", help="Your own groups: DIR/algo/x.yaml, DIR/algos/x.py."),
+    typer.Option(
+        "--config-dir",
+        envvar="RLHF_CONFIG_DIR",
+        help="Your own groups: DIR/algo/x.yaml with DIR/algos/x.py, DIR/reward/x.yaml with DIR/rewards/x.py.",
+    ),
 ]
 
 
@@ -164,7 +168,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of run folders.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where table and figures go.", show_default=False)] = None,
 ) -> None:
-    """Put finished runs side by side: one table, two figures."""
+    """Put finished runs side by side, policies or reward models: one table, two figures."""
     from rlhf_cli.stages import compare as stage
 
     stage.run(runs, out)
@@ -185,7 +189,8 @@ def data(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     from rlhf_cli.data import load
 
     rows = load(dataset)
-    splits = ("demonstrations", "reward_pairs", "policy_pairs", "prompts", "heldout_pairs")
+    ranked = ["reward_rankings"] if rows.reward_rankings else []
+    splits = ["demonstrations", *ranked, "reward_pairs", "policy_pairs", "prompts", "heldout_pairs"]
     for name, count in [*((split, len(getattr(rows, split))) for split in splits), *rows.dropped.items()]:
         typer.echo(f"{count:>8}  {name if name in splits else f'dropped: {name}'}")
 
@@ -214,7 +219,7 @@ def _multirun(command: str, overrides: list[str], config_dir: Path | None) -> No
     outcomes = jobs.multirun(command, overrides, config_dir)
     finished = [Path(outcome["run_dir"]) for outcome in outcomes if outcome["failure"] is None]
     failed = [outcome["job"] for outcome in outcomes if outcome["failure"] is not None]
-    if command == "align" and len(finished) >= 2:
+    if command in ("align", "train-rm") and len(finished) >= 2:
         from rlhf_cli.stages import compare as stage
 
         given = [item for item in compose.parse(overrides) if item.key_or_group == "run_dir"]

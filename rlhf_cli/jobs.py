@@ -43,6 +43,9 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     names = {
         block: getattr(getattr(cfg, block, None), "name", None) for block in ("algo", "reward", "model", "trainer")
     }
+    constraint = getattr(getattr(cfg, "algo", None), "constraint", None)
+    if constraint is not None and constraint.name != "none":
+        names["algo/constraint"] = constraint.name
     in_force = {**names, "dataset": cfg.dataset.source, "seed": cfg.seed}
     shown = " ".join(f"{key}={value}" for key, value in in_force.items() if value is not None)
     typer.echo(f"rlhf {command}: {shown}", err=True)
@@ -87,7 +90,7 @@ def job_name(job: list[str], overrides: list[str]) -> str:
     given = compose.parse(overrides)
     common = {item.key_or_group for item in given} - {item.key_or_group for item in given if item.is_sweep_override()}
     swept = {item.key_or_group: item for item in compose.parse(job) if item.key_or_group not in common}  # the last wins
-    text = ",".join(compose.plain(item) for item in swept.values())
+    text = ",".join(compose.plain(item) for item in swept.values()).replace("algo/constraint=", "algo.constraint=")
     safe = re.sub(r"[^\w.=,+-]", "_", text)
     if safe == text and len(text) <= LONGEST_NAME:
         return text

@@ -34,7 +34,8 @@ class Algorithm:
         name: of yaml, module and tracker group.
         family: "online" (samples from the policy) or "pairwise" (learns from pairs).
         effective_reference: (ref_token_logps, config) -> e_t, the one seam of every regulariser.
-        pair_loss: pairwise only: (PairLogps, config) -> {"loss": scalar, term to be logged: scalar, ...}.
+        pair_loss: pairwise only: (PairLogps, config) -> {"loss": scalar, "logits": implicit reward difference of each
+            pair (B,), which a prior constraint bounds, and any term to be logged: scalar}.
         has_optimum: False where no closed-form optimum is known (rpo).
     """
 

@@ -45,14 +45,22 @@ def pairwise_terms(batch: PairLogps, cfg: Any, reference: Callable[[Tensor, Any]
     """Return the DPO loss of a batch and what is logged beside it, with `reference` as effective reference.
 
     Returns:
-        loss, dpo_loss: scalars, mean over pairs; accuracy: share of pairs whose logit is positive; margin: mean logit.
+        loss, dpo_loss: scalars, mean over pairs; logits: (B,), with gradient; accuracy: share of pairs whose logit is
+        positive; margin: mean logit.
     """
     chosen, rejected = masked_sum(batch.chosen, batch.chosen_mask), masked_sum(batch.rejected, batch.rejected_mask)
     ref_chosen = masked_sum(reference(batch.ref_chosen, cfg), batch.chosen_mask)
     ref_rejected = masked_sum(reference(batch.ref_rejected, cfg), batch.rejected_mask)
     loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=cfg.beta).mean()
-    margin = (cfg.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).detach()
-    return {"loss": loss, "dpo_loss": loss.detach(), "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+    logits = cfg.beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    right = (logits.detach() > 0).float().mean()
+    return {
+        "loss": loss,
+        "logits": logits,
+        "dpo_loss": loss.detach(),
+        "margin": logits.detach().mean(),
+        "accuracy": right,
+    }
 
 
 def _reference(ref_token_logps: Tensor, cfg: Any) -> Tensor:

@@ -12,7 +12,7 @@ from rlhf_cli.data.encode import encode_pairs, encode_prompt
 from rlhf_cli.models.policy import load_policy
 from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
 from rlhf_cli.run import seed_everything
-from rlhf_cli.stages import provide
+from rlhf_cli.stages import priors, provide
 from rlhf_cli.stages.results import SHOWN, announce, measure
 from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
@@ -34,7 +34,7 @@ def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None 
 def _align(cfg: AlignConfig, session: Session) -> None:
     sft = provide.sft_policy(cfg)
     rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
-    work = prepare(cfg, sft, rm)
+    work = prepare(cfg, sft, rm, provide.combined_members(cfg))
     stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
     announce(work, stages, session)
     seed_everything(cfg.seed)
@@ -96,6 +96,9 @@ def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: P
 
         block = cfg.trainer.pairwise
         pairs: list[Any] = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
+        bounds = priors.bounds(cfg.algo.constraint, work.data.policy_pairs, pairs, cfg=cfg, sft=sft)
+        if bounds is not None:
+            pairs = [{**pair, "bound": bound} for pair, bound in zip(pairs, bounds.tolist(), strict=True)]
         require_batch(pairs, block.batch_size, "preference pairs", "trainer.pairwise.batch_size")
         return pairwise_trainer(
             work.algorithm, cfg.algo, policy, work.reference, work.tokenizer, pairs, block,

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from rlhf_cli.report.tables import Row, Run
 
 CURVES = ("pm/tv", "pm/minority_mass", "pm/offset_mass")
+REWARD_CURVES = ("rm/loss", "train/rm/accuracy", "margin")
 TEXT_CURVES = ("reward/mean", "kl/per_token", "entropy/per_token")
 # Runs that differ here are measured against different targets.
-TARGET_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions", "reward.name")
+WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions", "dataset.length_bias")
+TARGET_KEYS = (*WORLD_KEYS, "reward.name", "reward.calibration")
 # Output goes to a file or a pipe as wide as the table needs, and no narrower.
 PIPE_WIDTH = 100
 
@@ -48,9 +50,10 @@ def run(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     if not runs:
         raise DataError(
             f"None of the {len(folders)} run folders can be compared",
-            "only finished runs of rlhf align and rlhf evaluate hold a measured policy",
+            "only finished runs of rlhf align, evaluate and train-rm hold a measured policy or reward model",
             "Finish a run first: the same command goes on where it stopped",
         )
+    runs = _of_one_kind(runs, notes)
     _check_comparable(runs, notes)
     rows = comparison_table(runs)
     out = (
@@ -87,7 +90,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def load_run(folder: Path, notes: Console) -> Run | None:
-    """Return a finished run of a policy, or None (and say so) where it is unfinished or of another kind.
+    """Return a finished run of a policy or reward model, or None (and say so) where it is unfinished or neither.
 
     Raises:
         DataError: one of its files cannot be read.
@@ -99,25 +102,39 @@ def load_run(folder: Path, notes: Console) -> Run | None:
         _say(notes, f"skipped {folder}: its state is {state!r}, not finished.")
         return None
     config = _read(folder / "config.yaml")
-    if "algo" not in config or not (folder / "metrics.json").is_file():
-        _say(notes, f"skipped {folder}: no policy was measured there.")
+    found = _read(folder / "metrics.json") if (folder / "metrics.json").is_file() else {}
+    metrics = {key: value for key, value in found.items() if value is not None}
+    if not metrics or "reward" not in config:
+        _say(notes, f"skipped {folder}: no policy or reward model was measured there.")
         return None
-    metrics = {key: value for key, value in _read(folder / "metrics.json").items() if value is not None}
     distributions = _read(folder / "distributions.json") if (folder / "distributions.json").is_file() else []
     log = _read(folder / "training_log.jsonl") if (folder / "training_log.jsonl").is_file() else []
     return Run(folder, _algorithm(config), config, metrics, distributions, log)
 
 
 def _algorithm(config: dict[str, Any]) -> str:
-    """Return whose policy a run measured: an algorithm, the SFT policy, or a model folder by its name."""
+    """Return whose policy a run measured: an algorithm, the SFT policy, or a model folder by its name.
+
+    Of a reward model's run it is the reward.
+    """
     from rlhf_cli.report.tables import REFERENCE
 
+    if "algo" not in config or config.get("stage") == "rm":
+        return str(config["reward"]["name"])
     policy = config.get("policy", "")
     if policy is None:
         return REFERENCE
     if policy and not _is_run(Path(policy)):
         return Path(policy).name
     return str(config["algo"]["name"])
+
+
+def _of_one_kind(runs: list[Run], notes: Console) -> list[Run]:
+    """Return the policies' runs, or the reward models' where there is no policy."""
+    policies = [loaded for loaded in runs if "algo" in loaded.config and loaded.config.get("stage") != "rm"]
+    if policies and len(policies) < len(runs):
+        _say(notes, f"left out {len(runs) - len(policies)} runs of reward models: compare them on their own.")
+    return policies or runs
 
 
 def _check_comparable(runs: Sequence[Run], notes: Console) -> None:
@@ -137,9 +154,12 @@ def _check_comparable(runs: Sequence[Run], notes: Console) -> None:
             "Compare runs of each kind on their own",
         )
     configs = [dict(flatten(loaded.config)) for loaded in runs]
-    differing = [key for key in TARGET_KEYS if len({str(config.get(key)) for config in configs}) > 1]
+    policies = "algo.name" in configs[0]
+    keys = TARGET_KEYS if policies else WORLD_KEYS
+    differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     if differing:
-        _say(notes, f"warning: the runs differ in {', '.join(differing)}, so their pm/ metrics have different targets.")
+        what = "their pm/ metrics have different targets" if policies else "they were judged on different data"
+        _say(notes, f"warning: the runs differ in {', '.join(differing)}, so {what}.")
 
 
 def _write(rows: Sequence[Row], runs: Sequence[Run], out: Path, notes: Console) -> list[Path]:
@@ -179,9 +199,11 @@ def _figures(runs: Sequence[Run], out: Path, notes: Console) -> list[Path]:
         title = f"Whose preferences are heard? Survey world {base.config['dataset'].get('seed', '')}, seed {base.seed}"
         preference_bars(base.distributions, bars, title=title, policies=shown)
     logs = {name: [line for loaded in group for line in loaded.log] for name, group in aligned.items()}
-    keys = [key for key in (*CURVES, *TEXT_CURVES) if any(key in line for log in logs.values() for line in log)]
+    families = (CURVES, TEXT_CURVES, REWARD_CURVES)
+    has = {key for log in logs.values() for line in log for key in line}
+    keys = next((family for family in families if has & set(family)), None)
     if keys:
-        curves(logs, lines, CURVES if keys[0] in CURVES else keys)
+        curves(logs, lines, keys)
     return [path for path in (bars, lines) if path.is_file()]
 
 

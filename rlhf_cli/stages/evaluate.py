@@ -6,23 +6,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli.config.compose import RECORD_FILE
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
-from rlhf_cli.stages import provide
-from rlhf_cli.stages.results import SHOWN, announce, measure
-from rlhf_cli.stages.session import open_run, say, summary
+from rlhf_cli.stages import provide, trust
+from rlhf_cli.stages.results import SHOWN, announce, measure, stage_metrics
+from rlhf_cli.stages.session import Session, open_run, say, summary
 from rlhf_cli.stages.workspace import prepare
+from rlhf_cli.store import read_json
 
 
 def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
-    """Measure the policy that `cfg.policy` names; nothing is trained but a missing SFT policy or reward model."""
+    """Measure the policy that `cfg.policy` names, or the reward model; only missing earlier stages are trained."""
     folder = policy_folder(cfg)
-    with open_run(cfg, "evaluate", "evaluate", overrides, config_dir, {"weights": weights(folder)}) as session:
+    more = {"weights": weights(folder)}
+    if cfg.stage == "rm":
+        return _reward_model(cfg, folder, open_run(cfg, "evaluate", "evaluate-rm", overrides, config_dir, more))
+    with open_run(cfg, "evaluate", "evaluate", overrides, config_dir, more) as session:
         if not session.finished:
             sft = provide.sft_policy(cfg)
             rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
-            work = prepare(cfg, sft, rm)
+            work = prepare(cfg, sft, rm, provide.combined_members(cfg))
             path = folder or sft / "model"
             say(f"policy: {path}")
             stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
@@ -31,6 +36,18 @@ def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | No
             require_same_tokens(path, work.tokenizer, policy)
             measure(work, freeze(policy), session, stages, {})
         summary(session, SHOWN)
+    return session.directory
+
+
+def _reward_model(cfg: EvaluateConfig, folder: Path | None, opened: Session) -> Path:
+    """Write the trust report of the reward model, with the samples of the policy in `folder` (None: SFT)."""
+    with opened as session:
+        if not session.finished:
+            rm = provide.reward_model(cfg)
+            say(f"reward model: {rm}")
+            session.run.write_metrics(stage_metrics({"reward model": rm}))
+            trust.report(cfg, session, policy=folder)
+        summary(session, trust.SHOWN, files="metrics.json, trust.json, trust.png")
     return session.directory
 
 
@@ -49,6 +66,8 @@ def policy_folder(cfg: EvaluateConfig) -> Path | None:
     if cfg.policy is None:
         return None
     given = Path(cfg.policy)
+    if cfg.stage == "rm" and (read_json(given / RECORD_FILE) or {}).get("command") == "train-rm":
+        return None  # a reward model's run: it names the reward model, through its overrides, and no policy
     if not given.is_dir():
         raise RunError(f"policy={given} is not a folder", "", "give a run folder or a Hugging Face model folder")
     name = "model" if cfg.checkpoint == "last" else "best"

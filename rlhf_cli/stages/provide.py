@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.compose import identity
 from rlhf_cli.config.schema import CommandConfig, TrainRmConfig
 from rlhf_cli.data import content
-from rlhf_cli.stages import train_rm, train_sft
+from rlhf_cli.rewards.bt import Config as BtConfig
+from rlhf_cli.rewards.warm import Config as WarmConfig
+from rlhf_cli.stages import priors, train_rm, train_sft, warm
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import Log
 
-FORMAT = 1  # raised when a stage is built differently, so that old ones are not re-used
+FORMAT = 2  # raised when a stage is built differently, so that old ones are not re-used
 MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples")  # dataset keys that no earlier stage reads
+JUDGING_ONLY = ("length_bias",)  # dataset keys that SFT does not read
+READING_ONLY = ("clip", "calibration", "combine")  # reward keys that say how a reward model is read
 
 
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the SFT policy: model, data, optimisation, seed."""
-    dataset = {key: value for key, value in identity(cfg.dataset).items() if key not in MEASURING_ONLY}
-    if "path" in dataset:
-        dataset["path"] = content(cfg.dataset)  # what the file holds, wherever it lies
+    dataset = {key: value for key, value in _dataset(cfg).items() if key not in JUDGING_ONLY}
     return {
         "format": FORMAT,
         "seed": cfg.seed,
@@ -33,10 +36,19 @@ def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     }
 
 
+def _dataset(cfg: CommandConfig) -> dict[str, Any]:
+    dataset = {key: value for key, value in identity(cfg.dataset).items() if key not in MEASURING_ONLY}
+    if "path" in dataset:
+        dataset["path"] = content(cfg.dataset)  # what the file holds, wherever it lies
+    return dataset
+
+
 def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
     """Return what determines the reward model: the SFT policy it starts from, its loss, its optimisation."""
-    reward = {key: value for key, value in identity(cfg.reward).items() if key != "clip"}
-    return {**sft_identity(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
+    reward = {key: value for key, value in identity(cfg.reward).items() if key not in READING_ONLY}
+    if "encoder" in reward:
+        reward["encoder"] = priors.encoder_identity(reward["encoder"])
+    return {**sft_identity(cfg), "dataset": _dataset(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
 
 
 def sft_policy(cfg: CommandConfig, log: Log | None = None) -> Path:
@@ -46,8 +58,34 @@ def sft_policy(cfg: CommandConfig, log: Log | None = None) -> Path:
 
 def reward_model(cfg: TrainRmConfig, log: Log | None = None) -> Path:
     """Return the folder of the finished reward model of `cfg`; `log` gets its curves, live or replayed."""
+    if not isinstance(cfg.reward, WarmConfig):
+        return _reward_model(cfg, log)
+    members = reward_members(cfg)
+
+    def build(folder: Path, stage: StageLog) -> None:
+        warm.build(cfg, sft_policy(cfg), members, folder, stage)
+
+    return _provide("rm", rm_identity(cfg), cfg, build, log)
+
+
+def reward_members(cfg: TrainRmConfig) -> list[Path]:
+    """Return the folders of the members of `cfg.reward`, which is a `WarmConfig`: `bt` models of one initialisation."""
+    assert isinstance(cfg.reward, WarmConfig)
+    shared = {field.name: getattr(cfg.reward, field.name) for field in fields(BtConfig)}
+    as_bt = replace(cfg, reward=BtConfig(**{**shared, "name": "bt"}))
+    return [_reward_model(as_bt, None, member) for member in range(cfg.reward.members)]
+
+
+def combined_members(cfg: TrainRmConfig) -> list[Path]:
+    """Return the reward models whose predictions are averaged; empty where one model is read."""
+    averaged = isinstance(cfg.reward, WarmConfig) and cfg.reward.combine == "predictions"
+    return reward_members(cfg) if averaged else []
+
+
+def _reward_model(cfg: TrainRmConfig, log: Log | None, member: int = 0) -> Path:
     sft = sft_policy(cfg)
-    return _provide("rm", rm_identity(cfg), cfg, lambda folder, stage: train_rm.build(cfg, sft, folder, stage), log)
+    what = {**rm_identity(cfg), **({"member": member} if member else {})}  # member 0 is the reward model of this seed
+    return _provide("rm", what, cfg, lambda folder, stage: train_rm.build(cfg, sft, folder, stage, member), log)
 
 
 def _provide(

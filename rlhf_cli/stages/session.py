@@ -15,6 +15,8 @@ from rlhf_cli.config.schema import AlignConfig, CommandConfig
 from rlhf_cli.data import content, load
 from rlhf_cli.errors import DataError, UserError
 from rlhf_cli.run import Run, default_name
+from rlhf_cli.stages import priors
+from rlhf_cli.stages.judgements import check_calibration
 from rlhf_cli.store import check_folder, read_json
 from rlhf_cli.trainers.common import resolve_device
 
@@ -68,8 +70,9 @@ def open_run(
     directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name
     check_folder(directory, "run_dir")
     if (read_json(directory / "status.json") or {}).get("state") != "finished":
-        resolve_device(cfg.device)  # both refuse here, before anything is written or a tracker starts
-        load(cfg.dataset)
+        resolve_device(cfg.device)  # all refuse here, before anything is written or a tracker starts
+        check_calibration(cfg, load(cfg.dataset))
+        priors.check(cfg)
     fresh = not directory.exists()
     run = Run.open(
         directory,
@@ -90,8 +93,10 @@ def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and notes about their defaults out of the user's terminal."""
     import warnings
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -146,7 +151,7 @@ def require_batch(rows: Sequence, batch: int, what: str, key: str, *, per_row: f
         )
 
 
-def summary(session: Session, keys: Sequence[str]) -> None:
+def summary(session: Session, keys: Sequence[str], files: str = "metrics.json, training_log.jsonl, model/") -> None:
     """Print where everything is and the numbers that matter."""
     metrics = session.run.metrics()
     if session.finished:
@@ -158,7 +163,7 @@ def summary(session: Session, keys: Sequence[str]) -> None:
             say(f"  {key:<24} {value:8.4f}" + (f"   worst {worst:.4f}" if worst is not None else ""))
     for line in warnings_of(metrics):
         say(f"  watch out: {line}")
-    say(f"run folder: {session.directory}  (metrics.json, training_log.jsonl, model/)")
+    say(f"run folder: {session.directory}  ({files})")
     where = session.run.tracker.where
     if where:
         say(f"tracker: {where}")

@@ -1,4 +1,4 @@
-"""`rlhf train-rm`: a reward model from preference pairs, initialised from the SFT policy."""
+"""`rlhf train-rm`: a reward model from preferences, initialised from the SFT policy, and the report on its trust."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli.config.schema import TrainRmConfig
-from rlhf_cli.data import load
-from rlhf_cli.data.encode import encode_pairs, encode_prompt, encode_response, fit_to_context
-from rlhf_cli.data.negatives import negative_pairs
-from rlhf_cli.data.rows import PreferenceData
-from rlhf_cli.models.policy import load_tokenizer
-from rlhf_cli.models.reward import new_reward_model, save_centre, sequence_scores
+from rlhf_cli import rewards
+from rlhf_cli.config.schema import TrainedRewardConfig, TrainRmConfig
+from rlhf_cli.metrics.calibration import logistic_loss, right_side
+from rlhf_cli.models.calibration import CALIBRATION_FILE, MIN_POINTS, fit_length_calibration
+from rlhf_cli.models.policy import freeze
+from rlhf_cli.models.reward import new_reward_model, require_finite, save_centre, sequence_scores
 from rlhf_cli.models.tokens import collate
-from rlhf_cli.rewards.bt import bt_loss
 from rlhf_cli.run import seed_everything
+from rlhf_cli.stages.judgements import Judgements, judgement
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.stages.session import open_run, require_batch, summary
 from rlhf_cli.stages.train_sft import dropped
@@ -28,80 +27,97 @@ CENTRE_PAIRS = 2000  # pairs whose chosen responses give the centre
 
 
 def run(cfg: TrainRmConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
-    """Train (or find) the reward model, and leave it with its curves and metrics in the run folder."""
-    from rlhf_cli.stages import provide
+    """Train (or find) the reward model, judge it, and leave both with curves and figures in the run folder."""
+    from rlhf_cli.stages import provide, trust
 
     with open_run(cfg, "train-rm", "rm", overrides, config_dir) as session:
         if not session.finished:
-            session.adopt(provide.reward_model(cfg, session.log), "rm")
-        summary(session, ["rm/accuracy", "rm/loss", "rm/negative_accuracy"])
+            stage = provide.reward_model(cfg, session.log)
+            session.adopt(stage, "rm")
+            trust.report(cfg, session, policy=None)
+        summary(session, trust.SHOWN, files="metrics.json, trust.png, training_log.jsonl, model/")
     return session.directory
 
 
-def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog) -> None:
-    """Train the reward model into `folder`: model/ in Hugging Face layout with reward.json, metrics.json."""
+def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: int = 0) -> None:
+    """Train the reward model into `folder`: model/ in Hugging Face layout with reward.json, metrics.json.
+
+    `member` numbers models of one initialisation (WARM): each has its own data order and damaged responses.
+    """
     from rlhf_cli.trainers.reward import reward_trainer
 
-    device = resolve_device(cfg.device)
-    tokenizer = load_tokenizer(sft / "model")
-    data = fit_to_context(load(cfg.dataset), tokenizer, cfg.dataset)
-    require_batch(data.reward_pairs, cfg.trainer.rm.batch_size, "reward pairs", "trainer.rm.batch_size")
+    assert isinstance(cfg.reward, TrainedRewardConfig)
+    data = Judgements(cfg, sft)
     seed_everything(cfg.seed)
-    rng = np.random.default_rng(cfg.seed)
-    pairs: list[Any] = encode_pairs(data.reward_pairs, tokenizer, cfg.dataset)
-    heldout: list[Any] = encode_pairs(data.heldout_pairs, tokenizer, cfg.dataset)
-    how: dict[str, Any] = {
-        "rng": rng,
-        "vocab_ids": [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids],
-        "valid_by_prompt": valid_responses(data, tokenizer),
-        "eos_id": tokenizer.eos_token_id,
-        "max_tokens": cfg.dataset.max_completion_tokens,
-    }
-    rows = pairs + negative_pairs(pairs, cfg.reward.negative_share, **how)
     model = new_reward_model(sft / "model", init_std=cfg.model.init_std)
+    seed = member_seed(cfg.seed, member)
+    loss = rewards.get(cfg.reward.name)
+    damage = data.damaged(data.pairs, cfg.reward.negative_share, np.random.default_rng(seed))
+    rows = data.training_rows(loss, sft) + [judgement(pair) for pair in damage]  # a prior bounds what people judge
+    require_batch(rows, cfg.trainer.rm.batch_size, "reward judgements", "trainer.rm.batch_size")
+    device = resolve_device(cfg.device)
     trainer = reward_trainer(
-        model, tokenizer, rows, bt_loss, cfg.trainer.rm, folder=folder / "checkpoints", seed=cfg.seed, device=device
-    )
-    fit(trainer, Reporter("reward model", log, rename=_names), rewind=log.rewind)
-    model.eval()
+        model, data.tokenizer, rows, loss, cfg.reward, cfg.trainer.rm, folder=folder / "checkpoints", seed=seed,
+        device=device,
+    )  # fmt: skip
+    title = "reward model" if member == 0 else f"reward model, member {member}"
+    fit(trainer, Reporter(title, log, rename=_names), rewind=log.rewind)
+    finish(data, model, folder, log)
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of one of several models of one initialisation; the first has the run's own."""
+    return seed if member == 0 else int(np.random.SeedSequence([seed, member]).generate_state(1)[0])
+
+
+def finish(data: Judgements, model: Any, folder: Path, log: StageLog, more: dict[str, float] | None = None) -> None:
+    """Write a trained model with its centre, its length calibration and its first numbers."""
+    freeze(model)
     model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    centre_rows = pairs[:CENTRE_PAIRS]
-    save_centre(folder / "model", float(_scores(model, centre_rows, "chosen_ids", tokenizer.pad_token_id).mean()))
-    damaged = negative_pairs(heldout, 0.5, **how)
+    data.tokenizer.save_pretrained(folder / "model")
+    centre = float(_scores(model, data.pairs[:CENTRE_PAIRS], "chosen_ids", data.tokenizer.pad_token_id).mean())
+    save_centre(folder / "model", centre)
+    _save_calibration(data, model, folder / "model")
+    heldout = data.encode(data.measuring)
+    damaged = data.damaged(heldout, 0.5, np.random.default_rng([data.cfg.seed, 1]))
     log.write_metrics(
         {
-            **_held_out(model, heldout, tokenizer.pad_token_id),
-            "rm/negative_accuracy": _held_out(model, damaged, tokenizer.pad_token_id)["rm/accuracy"],
-            "data/reward_pairs": len(pairs),
-            **dropped(data),
+            **_held_out(model, heldout, data.tokenizer.pad_token_id),
+            "rm/negative_accuracy": _held_out(model, damaged, data.tokenizer.pad_token_id)["rm/accuracy"],
+            "data/reward_pairs": len(data.pairs),
+            **dropped(data.data),
+            **(more or {}),
         }
     )
 
 
-def valid_responses(data: PreferenceData, tokenizer: Any) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
-    """Return the token ids of every enumerated answer by prompt ids, so that no negative is one of them."""
-    return {
-        tuple(encode_prompt(tokenizer, question.prompt)): {
-            tuple(encode_response(tokenizer, answer)) for answer in question.answers
-        }
-        for question in data.questions
-    }
+def _save_calibration(data: Judgements, model: Any, folder: Path) -> None:
+    """Fit LOWESS of the reward on length, unless there is too little to fit it on."""
+    rows = data.encode(data.fitting)
+    lengths = np.array([len(row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows], dtype=float)
+    if len(lengths) < MIN_POINTS or len(set(lengths.tolist())) == 1:
+        return
+    pad_id = data.tokenizer.pad_token_id
+    scores = torch.cat([_scores(model, rows, side, pad_id) for side in ("chosen_ids", "rejected_ids")])
+    chosen = np.arange(len(lengths)) < len(rows)
+    fit_length_calibration(lengths, scores.cpu().double().numpy(), centre=chosen).save(folder / CALIBRATION_FILE)
 
 
 @torch.no_grad()
-def _scores(model: Any, rows: list, side: str, pad_id: int) -> torch.Tensor:
+def _scores(model: Any, rows: Sequence[Any], side: str, pad_id: int) -> torch.Tensor:
     batch = collate([row["prompt_ids"] for row in rows], [row[side] for row in rows], pad_id, model.device)
-    return torch.cat([sequence_scores(model, piece) for piece in batch.slices(256)])
+    return require_finite(torch.cat([sequence_scores(model, piece) for piece in batch.slices(256)]))
 
 
-def _held_out(model: Any, rows: list, pad_id: int) -> dict[str, float]:
-    margin = _scores(model, rows, "chosen_ids", pad_id) - _scores(model, rows, "rejected_ids", pad_id)
-    loss = bt_loss(margin, torch.zeros_like(margin)).mean()
-    return {"rm/accuracy": float((margin > 0).float().mean()), "rm/loss": float(loss)}
+def _held_out(model: Any, rows: Sequence[Any], pad_id: int) -> dict[str, float]:
+    sides = [_scores(model, rows, side, pad_id).double().cpu().numpy() for side in ("chosen_ids", "rejected_ids")]
+    margin, label = sides[0] - sides[1], np.array([row["label"] for row in rows])
+    found = {"rm/accuracy": right_side(margin, label), "rm/log_loss": logistic_loss(margin, label)}
+    return {key: float(values.mean()) for key, values in found.items()}
 
 
 def _names(metrics: dict[str, float]) -> dict[str, float]:
-    kept = {"loss": "rm/loss", "accuracy": "rm/accuracy", "margin": "margin", "score/mean": "score/mean"}
-    kept |= {"grad_norm": "grad_norm", "learning_rate": "learning_rate"}
+    kept = {"loss": "rm/loss", "accuracy": "train/rm/accuracy", "margin": "margin"}
+    kept |= {"bound": "rm/bound", "bound_half": "rm/bound_half", "beyond_bound": "rm/beyond_bound"}
+    kept |= {key: key for key in ("bounded_margin", "score/mean", "score/std", "grad_norm", "learning_rate")}
     return {name: metrics[key] for key, name in kept.items() if key in metrics}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli import algos
 from rlhf_cli.algos.base import Algorithm
-from rlhf_cli.config.schema import AlignConfig, SurveyConfig, TextConfig
+from rlhf_cli.config.schema import AlignConfig, CommandConfig, RewardConfig, SurveyConfig, TextConfig
 from rlhf_cli.data import load
 from rlhf_cli.data.encode import decode_response, encode_pairs, encode_prompt, encode_response, fit_to_context
 from rlhf_cli.data.rows import PreferenceData
@@ -17,7 +18,7 @@ from rlhf_cli.measure.offset import offset_bound
 from rlhf_cli.measure.sampled import PairMeasure, SampledMeasure, Sampling
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
 from rlhf_cli.models.prefix_tree import PrefixTree
-from rlhf_cli.models.reward import GoldReward, ModelReward, Reward
+from rlhf_cli.models.reward import EnsembleReward, GoldReward, ModelReward, Reward
 from rlhf_cli.trainers.common import resolve_device
 
 SURVEY_SAMPLES = 16  # responses per wording for the sampled metrics of an enumerable world
@@ -80,22 +81,25 @@ class Workspace:
         ]
 
 
-def prepare(cfg: AlignConfig, sft: Path, rm: Path | None) -> Workspace:
-    """Return the workspace of `cfg` with the SFT policy in `sft` and the reward model in `rm` (None: gold)."""
+def prepare(cfg: AlignConfig, sft: Path, rm: Path | None, members: Sequence[Path] = ()) -> Workspace:
+    """Return the workspace of `cfg` with the SFT policy in `sft` and the reward model in `rm` (None: gold).
+
+    `members`, if there are any, are the reward models whose predictions are averaged instead.
+    """
     device = resolve_device(cfg.device)
     tokenizer = load_tokenizer(sft / "model")
     data = fit_to_context(load(cfg.dataset), tokenizer, cfg.dataset)
     algorithm = algos.get(cfg.algo.name)
-    if getattr(cfg.algo, "beta_schedule", "fixed") == "adaptive":
-        algorithm = replace(algorithm, has_optimum=False)  # the optimum moves with beta
+    if not _has_optimum(cfg, algorithm):
+        algorithm = replace(algorithm, has_optimum=False)
     reference = freeze(load_policy(sft / "model", device))
-    reward = _reward(cfg, data, tokenizer, rm, device)
+    reward = _reward(cfg, data, tokenizer, members or ([rm] if rm else []), device)
     enumeration = _enumeration(data, tokenizer, device)
     tree = _tree(cfg, enumeration, tokenizer, reference.config.vocab_size, device)
     eos_ids = [tokenizer.eos_token_id]
     temperature = cfg.generation.temperature
     how = Sampling(cfg.dataset.max_completion_tokens, temperature, tree, eos_ids, tokenizer.pad_token_id, device)
-    prompts, samples = _measured_prompts(cfg, data)
+    prompts, samples = measured_prompts(cfg, data)
     shared: dict[str, Any] = {"reward_clip": cfg.reward.clip, "algorithm": algorithm, "algo": cfg.algo}
     heldout: list[Any] = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
     return Workspace(
@@ -123,7 +127,17 @@ def prepare(cfg: AlignConfig, sft: Path, rm: Path | None) -> Workspace:
     )
 
 
-def _measured_prompts(cfg: AlignConfig, data: PreferenceData) -> tuple[list[str], int]:
+def _has_optimum(cfg: AlignConfig, algorithm: Algorithm) -> bool:
+    """Return whether the algorithm's closed form is what these settings train towards."""
+    if getattr(cfg.algo, "beta_schedule", "fixed") == "adaptive":  # it moves with beta
+        return False
+    biased = isinstance(cfg.dataset, SurveyConfig) and cfg.dataset.length_bias != 0  # pairs not drawn from gold
+    bounded = cfg.algo.constraint.name != "none"
+    return algorithm.has_optimum and not (algorithm.family == "pairwise" and (biased or bounded))
+
+
+def measured_prompts(cfg: CommandConfig, data: PreferenceData) -> tuple[list[str], int]:
+    """Return the prompts that a policy is sampled on for its metrics, and how many samples each gets."""
     if isinstance(cfg.dataset, TextConfig):
         unique = list(dict.fromkeys(pair.prompt for pair in data.heldout_pairs))
         return unique[: cfg.dataset.eval_prompts], cfg.dataset.eval_samples
@@ -138,6 +152,13 @@ def _enumeration(data: PreferenceData, tokenizer: Any, device: str) -> Enumerati
     return enumerate_answers(data.questions, prompts, answers, tokenizer.pad_token_id, device)
 
 
+def model_reward(reward: RewardConfig, folders: Sequence[Path], pad_id: int, device: str) -> Reward:
+    """Return the reward of one model, or the mean of several, read as `reward` says."""
+    calibration = getattr(reward, "calibration", "none")
+    members = [ModelReward(folder / "model", pad_id, device, calibration) for folder in folders]
+    return members[0] if len(members) == 1 else EnsembleReward(members)
+
+
 def _tree(
     cfg: AlignConfig, enumeration: Enumeration | None, tokenizer: Any, vocab_size: int, device: str
 ) -> PrefixTree | None:
@@ -147,9 +168,9 @@ def _tree(
     return PrefixTree(sequences, vocab_size, tokenizer.pad_token_id).to(device)
 
 
-def _reward(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, rm: Path | None, device: str) -> Reward:
-    if rm is not None:
-        return ModelReward(rm / "model", tokenizer.pad_token_id, device)
+def _reward(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, folders: Sequence[Path], device: str) -> Reward:
+    if folders:
+        return model_reward(cfg.reward, folders, tokenizer.pad_token_id, device)
     gold = data.gold
     assert gold is not None
     table = {

@@ -11,14 +11,19 @@ from trl import DPOConfig, DPOTrainer
 
 from rlhf_cli.algos.base import Algorithm, PairLogps
 from rlhf_cli.config.schema import AlgoConfig, StageTraining
+from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.tokens import TokenBatch, collate
+from rlhf_cli.rewards.pcrm import bound_loss
 from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
 
 
 class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
-    """TRL's DPOTrainer whose loss is `Algorithm.pair_loss` on per-token log-probs of policy and reference."""
+    """TRL's DPOTrainer whose loss is `Algorithm.pair_loss` on per-token log-probs of policy and reference.
+
+    Rows with a `bound` add the prior constraint -log sigmoid(delta* - logit) (arXiv 2404.00978, its DPO form).
+    """
 
     algorithm: Algorithm
     algo: AlgoConfig
@@ -29,6 +34,7 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
         return dataset  # rows are token ids already
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+        bound = inputs.pop("bound", None)
         batch = TokenBatch(**inputs)
         logps = token_logps(model, batch, temperature=self.temperature, tree=self.tree)
         with torch.no_grad():
@@ -38,8 +44,27 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
         pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask)
         assert self.algorithm.pair_loss is not None
         terms = self.algorithm.pair_loss(pairs, self.algo)
+        logits = terms.pop("logits", None)
+        if bound is not None:
+            terms |= self._constrained(terms["loss"], logits, bound)
         self._note(model, pairs, terms)
         return (terms["loss"], None) if return_outputs else terms["loss"]
+
+    def _constrained(self, loss: Any, logits: torch.Tensor | None, bound: torch.Tensor) -> dict[str, torch.Tensor]:
+        if logits is None:
+            raise ConfigError(
+                f"algo/constraint does not go with algo={self.algorithm.name}",
+                "its pair_loss returns no logits to bound",
+                "return them, as pairwise_terms in algos/dpo.py does, or use algo/constraint=none",
+            )
+        constraint = bound_loss(logits, bound).mean()
+        return {
+            "loss": loss + constraint,
+            "constraint_loss": constraint.detach(),
+            "bound": bound.mean(),
+            "bound_half": bound.mean() / 2,
+            "beyond_bound": (logits > bound).float().mean(),
+        }
 
     def _note(self, model: Any, pairs: PairLogps, terms: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -55,17 +80,18 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
 
 
 class PairCollator:
-    """Stacks rows {"prompt_ids", "chosen_ids", "rejected_ids"}: chosen first, rejected below."""
+    """Stacks rows {"prompt_ids", "chosen_ids", "rejected_ids"} and perhaps "bound": chosen first, rejected below."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Return the fields of a `TokenBatch` of 2B sequences."""
+        """Return the fields of a `TokenBatch` of 2B sequences, and the bounds (B,) of rows that have them."""
         prompts = [row["prompt_ids"] for row in rows]
         responses = [row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
         batch = collate(prompts + prompts, responses, self.pad_id)
-        return {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        found = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        return found | ({"bound": torch.tensor([row["bound"] for row in rows])} if "bound" in rows[0] else {})
 
 
 def pairwise_trainer(
@@ -89,7 +115,8 @@ def pairwise_trainer(
         algorithm, algo: the record and its settings.
         policy, reference: causal language models; the reference is frozen.
         tokenizer: of both.
-        pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}, responses with end-of-sequence.
+        pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}, responses with end-of-sequence; with "bound" (delta*,
+            nats) in every row or in none.
         block: optimisation settings.
         temperature, tree: how log-probs are read.
         folder: checkpoints go here.

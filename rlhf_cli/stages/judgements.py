@@ -1,0 +1,114 @@
+"""The preference data of a reward model: what it learns from, what fits its calibration, what measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_cli.config.schema import CommandConfig, TrainedRewardConfig, TrainRmConfig
+from rlhf_cli.data import load
+from rlhf_cli.data.encode import (
+    PairTokens,
+    encode_pairs,
+    encode_prompt,
+    encode_rankings,
+    encode_response,
+    fit_to_context,
+)
+from rlhf_cli.data.negatives import negative_pairs
+from rlhf_cli.data.rows import Pair, PreferenceData
+from rlhf_cli.errors import DataError
+from rlhf_cli.models.calibration import MIN_POINTS
+from rlhf_cli.models.policy import load_tokenizer
+from rlhf_cli.rewards.base import RewardLoss
+from rlhf_cli.stages import priors
+
+FREE = float("inf")  # the bound of a pair that has none
+
+
+class Judgements:
+    """The preference data of a reward model as token ids: for training, for fitting its calibration, for measuring.
+
+    The held-out pairs are halved: one half fits the length calibration, the other measures.
+
+    Raises:
+        DataError: length calibration is asked for and too few held-out responses are there to fit it.
+    """
+
+    def __init__(self, cfg: TrainRmConfig, sft: Path) -> None:
+        self.cfg, self.tokenizer = cfg, load_tokenizer(sft / "model")
+        self.data = fit_to_context(load(cfg.dataset), self.tokenizer, cfg.dataset)
+        self.pairs = self.encode(self.data.reward_pairs)
+        self.fitting, self.measuring = halves(self.data)
+        check_calibration(cfg, self.data)
+
+    def encode(self, pairs: Sequence[Pair]) -> list[PairTokens]:
+        """Return pairs as token ids."""
+        return encode_pairs(pairs, self.tokenizer, self.cfg.dataset)
+
+    def training_rows(self, loss: RewardLoss, sft: Path) -> list[dict[str, Any]]:
+        """Return what the trainer reads: rankings whole where the loss takes them, else the pairs with their bounds.
+
+        Reading every token and smoothing labels are defined on pairs, so they too learn the pairs rankings imply.
+        """
+        rankings, reward = self.data.reward_rankings, self.cfg.reward
+        assert isinstance(reward, TrainedRewardConfig)
+        if rankings and loss.ranking_loss is not None and not (reward.token_wise or reward.label_smoothing):
+            encoded = encode_rankings(rankings, self.tokenizer, self.cfg.dataset)
+            return [{**row, "label": 1.0, "margin": 0.0, "bound": FREE} for row in encoded]
+        bounds = priors.bounds(self.cfg.reward, self.data.reward_pairs, self.pairs, cfg=self.cfg, sft=sft)
+        listed = [FREE] * len(self.pairs) if bounds is None else bounds.tolist()
+        return [judgement(pair, bound) for pair, bound in zip(self.pairs, listed, strict=True)]
+
+    def damaged(self, pairs: list[PairTokens], share: float, rng: np.random.Generator) -> list[PairTokens]:
+        """Return pairs whose loser is a damaged response, as many as make up `share` of all."""
+        vocabulary = [i for i in range(len(self.tokenizer)) if i not in self.tokenizer.all_special_ids]
+        return negative_pairs(
+            pairs, share, rng=rng, vocab_ids=vocabulary, valid_by_prompt=valid_responses(self.data, self.tokenizer),
+            eos_id=self.tokenizer.eos_token_id, max_tokens=self.cfg.dataset.max_completion_tokens,
+        )  # fmt: skip
+
+
+def judgement(pair: PairTokens, bound: float = FREE) -> dict[str, Any]:
+    """Return a pair as the trainer reads it."""
+    responses = [pair["chosen_ids"], pair["rejected_ids"]]
+    about = {"label": pair["label"], "margin": pair["margin"], "bound": bound}
+    return {"prompt_ids": pair["prompt_ids"], "response_ids": responses, **about}
+
+
+def check_calibration(cfg: CommandConfig, data: PreferenceData) -> None:
+    """Refuse length calibration where there are too few held-out responses to fit it.
+
+    Raises:
+        DataError: there are fewer than MIN_POINTS.
+    """
+    responses = 2 * len(halves(data)[0])
+    if getattr(getattr(cfg, "reward", None), "calibration", "none") == "length" and responses < MIN_POINTS:
+        raise DataError(
+            f"{responses} held-out responses are too few to fit reward.calibration=length",
+            f"it takes {MIN_POINTS}, from half of the held-out pairs",
+            "add held-out pairs, or use reward.calibration=none",
+        )
+
+
+def halves(data: PreferenceData) -> tuple[list[Pair], list[Pair]]:
+    """Return the held-out pairs as two halves; on free text no prompt is in both."""
+    prompts = list(dict.fromkeys(pair.prompt for pair in data.heldout_pairs))
+    order = {prompt: number for number, prompt in enumerate(prompts)}
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for number, pair in enumerate(data.heldout_pairs):
+        sides[(number if data.questions else order[pair.prompt]) % 2].append(pair)
+    return (sides[0], sides[1]) if sides[1] else (sides[0], sides[0])
+
+
+def valid_responses(data: PreferenceData, tokenizer: Any) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+    """Return the token ids of every enumerated answer by prompt ids, so that no negative is one of them."""
+    return {
+        tuple(encode_prompt(tokenizer, question.prompt)): {
+            tuple(encode_response(tokenizer, answer)) for answer in question.answers
+        }
+        for question in data.questions
+    }
