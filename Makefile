@@ -11,10 +11,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test conformance benchmark lint clean
+.PHONY: help setup demo test conformance benchmark reward-models lint clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 # The stamp holds what was installed and where, so that a new clone of the same files installs nothing.
 setup: ## Install everything into .venv; the other targets do this by themselves, once
@@ -46,6 +46,11 @@ conformance: setup ## Check that each algorithm reaches its own optimum: worlds 
 
 benchmark: setup ## Time the default job and its peak memory
 	$(BIN)/python benchmarks/default_job.py
+
+reward-models: setup ## Measure PCRM, length calibration and WARM, three worlds each (long)
+	$(BIN)/python benchmarks/reward_models.py pcrm
+	$(BIN)/python benchmarks/reward_models.py calibration
+	$(BIN)/python benchmarks/reward_models.py warm
 
 lint: setup ## Check style, format and types
 	$(BIN)/python -m ruff check .

@@ -35,7 +35,7 @@ SIDEWAYS = {
     ("metrics", "algos"),
 }
 # Modules found by name at run time: a command's stage, an algorithm's schema and record.
-BY_NAME = {("jobs", "stages"), ("config", "algos")}
+BY_NAME = {("jobs", "stages"), ("config", "algos"), ("config", "rewards")}
 
 PURE = {"algos", "rewards", "metrics"}
 PURE_LIBRARIES = {"torch", "numpy"}

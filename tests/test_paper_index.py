@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import fields
+from dataclasses import is_dataclass
 from functools import cache
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +13,8 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from rlhf_cli.config import schema
+from rlhf_cli.config import schema, validate
+from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.metrics import glossary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,19 +27,22 @@ KINDS = {
     "test": r"tests/[\w/]+\.py(::\w+)?",
     "file": r"[\w/]+\.(md|py|yaml)",
     "default": rf"{DOTTED} = .+",
-    "override": rf"{NAME}(\.{NAME})*=\S+",
+    "override": rf"{NAME}(/{NAME})?(\.{NAME})*=\S+",  # key=value, group=choice, group/inner=choice
     "key": DOTTED,
     "metric": rf"{NAME}(/{NAME})*",
     "release": r"\w+\(\)",  # a function of a paper's own code
 }
+CATALOG = Catalog("align", None)
 SCHEMAS: dict[str, list[type]] = {
-    "algo": [import_module(f"rlhf_cli.algos.{path.stem}").Config for path in sorted((ROOT / "conf/algo").iterdir())],
+    "algo": [validate.algo_schema(name, CATALOG) for name in CATALOG.choices("algo")],
+    "algo/constraint": [validate.PRIORS[name] for name in CATALOG.choices("algo/constraint")],
     "dataset": [schema.SurveyConfig, schema.TextConfig],
     "generation": [schema.GenerationConfig],
     "model": [schema.ModelConfig],
-    "reward": [schema.RewardConfig],
+    "reward": [validate.reward_schema(name, CATALOG) for name in CATALOG.choices("reward")],
     "trainer": [schema.TrainerConfig],
 }
+NAMED_WHOLE = ("algo", "algo/constraint", "reward")  # groups of which every key is on the page
 MATHEMATICS = ["algos/*.py", "rewards/*.py", "metrics/*.py"]
 NO_EQUATION = {
     "rlhf_cli.algos.get",
@@ -47,6 +50,7 @@ NO_EQUATION = {
     "rlhf_cli.metrics.glossary.known",
     "rlhf_cli.metrics.glossary.describe",
     "rlhf_cli.metrics.preference.preference_metrics",
+    "rlhf_cli.rewards.get",
 }
 
 
@@ -103,16 +107,25 @@ def test_exists(reference: str) -> bool:
 test_exists.__test__ = False  # type: ignore[attr-defined]
 
 
+def home(key: str) -> tuple[str, list[str]]:
+    """Return the group of a dotted key, an inner group (algo/constraint) before its outer one, and the rest."""
+    parts = key.split(".")
+    inner = "/".join(parts[:2])
+    return (inner, parts[2:]) if len(parts) > 2 and inner in SCHEMAS else (parts[0], parts[1:])
+
+
 def has_key(dataclass: Any, parts: list[str]) -> bool:
-    if parts[0] not in {field.name for field in fields(dataclass)}:
-        return False
-    return len(parts) == 1 or has_key(get_type_hints(dataclass)[parts[0]], parts[1:])
+    """Return whether a schema has the key that ends a path: a value, no block of them."""
+    hint = get_type_hints(dataclass).get(parts[0])
+    if len(parts) == 1 or not is_dataclass(hint):
+        return len(parts) == 1 and hint is not None and not is_dataclass(hint)
+    return has_key(hint, parts[1:])
 
 
 def key_exists(span: str) -> bool:
     """Whether the key of `key`, `key=value`, `group=choice` or `key = default` exists."""
     key, _, value = (part.strip() for part in span.partition("="))
-    group, *parts = key.split(".")
+    group, parts = home(key)
     if not parts:
         return (ROOT / "conf" / group / f"{value}.yaml").is_file()
     return any(has_key(dataclass, parts) for dataclass in SCHEMAS.get(group, []))
@@ -143,7 +156,7 @@ def wrong_defaults(text: str) -> list[str]:
     wrong = []
     for found in re.finditer(rf"`({DOTTED}) = ([^`]+)`(?: \(([a-z_0-9, ]+)\))?", text):
         key, quoted, named = found.groups()
-        group, *parts = key.split(".")
+        group, parts = home(key)
         every = [path.stem for path in (ROOT / "conf" / group).glob("*.yaml")]
         choices = named.split(", ") if named else [name for name in every if yaml_value(group, name, tuple(parts))[0]]
         values = [yaml_value(group, choice, tuple(parts)) for choice in choices]
@@ -207,7 +220,7 @@ def test_every_equation_names_its_test() -> None:
     assert [row for row in rows if "`tests/" not in row[-1] and row[-1] != "none of its own"] == []
 
 
-def test_all_mathematics_and_every_algorithm_setting_is_on_the_page() -> None:
+def test_all_mathematics_and_every_setting_of_algorithms_and_rewards_is_on_the_page() -> None:
     public = []
     for path in chain.from_iterable((ROOT / "rlhf_cli").glob(pattern) for pattern in MATHEMATICS):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -215,8 +228,15 @@ def test_all_mathematics_and_every_algorithm_setting_is_on_the_page() -> None:
     public = [name for name in public if not name.rpartition(".")[2].startswith("_")]
     assert sorted(set(public) - NO_EQUATION - set(of_kind("function"))) == [], "add a row to docs/paper_index.md"
     named = {span.partition("=")[0].strip() for span in of_kind("key", "override", "default")}
-    keys = {f"algo.{field.name}" for config in SCHEMAS["algo"] for field in fields(config)} - {"algo.name"}
+    keys = {
+        f"{group.replace('/', '.')}.{name}"
+        for group in NAMED_WHOLE for config in SCHEMAS[group] for name, hint in get_type_hints(config).items()
+        if name != "name" and not is_dataclass(hint)
+    }  # fmt: skip
+    assert {"algo.alpha", "algo.constraint.beta1", "reward.members"} <= keys
     assert sorted(keys - named) == [], "add them to docs/paper_index.md"
+    choices = {f"{group}={name}" for group in NAMED_WHOLE for name in CATALOG.choices(group)}
+    assert sorted(choices - set(of_kind("override"))) == [], "add them to docs/paper_index.md"
 
 
 def test_every_paper_that_the_code_cites_is_on_the_page() -> None:
@@ -249,6 +269,10 @@ def test_what_is_not_built_is_not_there() -> None:
         (key_exists, "trainer.online.critic_learning_rate", "trainer.pairwise.critic_learning_rate"),
         (key_exists, "algo.alpha=null", "algo.alfa=null"),
         (key_exists, "reward=gold", "reward=golden"),
+        (key_exists, "reward.members", "reward.membres"),
+        (key_exists, "algo/constraint=length", "algo/constraint=lenght"),
+        (key_exists, "algo.constraint.beta1", "algo.constraint.members"),
+        (key_exists, "algo.constraint.delta", "algo.constraint"),
     ],
 )
 def test_a_wrong_reference_is_seen(check: Any, right: str, wrong: str) -> None:
@@ -265,8 +289,11 @@ def test_a_wrong_reference_is_seen(check: Any, right: str, wrong: str) -> None:
         "`trainer.sft.learning_rate = 6e-2` (survey)",
         "`algo.missing_eos_penalty = 0`",
         "`algo.betta = 1.0`",
+        "`algo.constraint.beta1 = 20.0`",  # cosine has another
+        "`algo.constraint.beta1 = 20.0` (fixed)",  # it has none
+        "`reward.encoder = bert`",
     ],
 )
 def test_a_wrong_default_is_seen(text: str) -> None:
-    assert wrong_defaults("`algo.beta = 1.0` (pm)") == []
+    assert wrong_defaults("`algo.beta = 1.0` (pm), `algo.constraint.beta1 = 20.0` (length)") == []
     assert len(wrong_defaults(text)) == 1

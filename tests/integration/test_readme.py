@@ -1,4 +1,4 @@
-"""Every command in README.md is one that exists: its config composes, its target is in the Makefile."""
+"""What README.md and docs/ tell people to type is right: every command composes, every target and link exists."""
 
 from __future__ import annotations
 
@@ -6,35 +6,57 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import Result
 
-from rlhf_cli import cli
+from rlhf_cli import cli, rewards
+from rlhf_cli.data.rows import Pair, Ranking
+from rlhf_cli.data.text_row import read_row
+from rlhf_cli.rewards.base import PairScores, pair_loss
 from rlhf_cli.store import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES if page.exists()}
+REWARD_MODELS = TEXTS.get(ROOT / "docs" / "reward_models.md", "")
 CONFIGURED = {"train-sft", "train-rm", "align", "evaluate"}
 
-pytestmark = pytest.mark.skipif(not README.exists(), reason="README.md is not there")
+pytestmark = pytest.mark.skipif(README not in TEXTS, reason="README.md is not there")
+
+
+@pytest.fixture(autouse=True)
+def forget_own_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A page's own loss is not there for other tests."""
+    monkeypatch.setattr(rewards, "__path__", list(rewards.__path__))
+    yield
+    sys.modules.pop("rlhf_cli.rewards.hinge", None)
+
+
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
     """Return the lines of all bash blocks, comments left out and continued lines joined."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks("bash", "\n".join(TEXTS.values()))).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True, posix=False)) for line in lines if line.split("#")[0].strip()]
 
 
 def inline_commands() -> list[str]:
     """Return the commands named in running text, in code font."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", "\n".join(TEXTS.values()), flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`((?:rlhf|make) [a-z][^`]*)`", prose)
+
+
+def own_files() -> dict[str, str]:
+    """Return the files that docs/reward_models.md writes into a directory `mine`, by path."""
+    return dict(re.findall(r"`(mine/[\w./]+)`(?:(?!```).)*^```\w+\n(.*?)^```", REWARD_MODELS, re.MULTILINE | re.DOTALL))
 
 
 def starting(word: str) -> list[str]:
@@ -53,6 +75,9 @@ def filled_in(args: list[str], folder: Path) -> list[str]:
         write_json(
             folder / name / "overrides.json", {"command": "align", "overrides": ["algo=dpo"], "config_dir": None}
         )
+    for name, text in own_files().items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
     placeholder = re.compile(r"\b(FILE\.jsonl(?:\.gz)?|RUN_DIR|RUN|FOLDER)\b")
     return [placeholder.sub(lambda match: str(folder / match[1]), arg) for arg in args]
 
@@ -85,7 +110,27 @@ def test_a_make_target_exists(line: str) -> None:
     assert {word for word in line.split()[1:] if "=" not in word} <= targets
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README.read_text(encoding="utf-8"))
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", TEXTS[page])
+    assert links or page != README
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_loss_of_the_page_is_what_its_docstring_says(tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "hinge.py").write_text(own_files()["mine/rewards/hinge.py"])
+    rewards.__path__.append(str(tmp_path))
+    scores = PairScores(*(torch.tensor([value]) for value in (0.5, 0.5, 1.0, 0.0, math.inf)))
+    cfg = SimpleNamespace(gap=1.0, sharpness=4.0, label_smoothing=0.0, centering=0.0)
+    found = pair_loss(rewards.get("hinge"), scores, cfg)
+    assert found.item() == pytest.approx(math.log1p(math.exp(4)) / 4)  # d = 0
+
+
+def test_the_rows_of_the_page_are_read() -> None:
+    pairs, rankings = ([json.loads(line) for line in block.splitlines()] for block in blocks("json", REWARD_MODELS))
+    found = [read_row(row, "preferences", where="here") for row in pairs]
+    assert [(pair.label, pair.margin) for pair in found if isinstance(pair, Pair)] == [(1, 0), (0.7, 0), (1, 1.5)]
+    ranked = [read_row(row, "preferences", where="here") for row in rankings]
+    assert [len(row.responses) for row in ranked if isinstance(row, Ranking)] == [3, 2, 4]
