@@ -1,4 +1,4 @@
-"""The four commands on real human dialogues: seconds and metrics.
+"""The commands on real human dialogues: seconds and metrics.
 
     python benchmarks/hh.py FILE.jsonl.gz        # HH-RLHF form: two dialogues a line
 
@@ -31,11 +31,13 @@ def main() -> None:
     data = ["dataset=hh_rlhf", f"dataset.path={file}"]
     commands = {"train-sft": data, "train-rm": data, "align": [*data, "algo=pm", "run_dir=run"]}
     commands["evaluate"] = ["policy=run", "run_dir=evaluation"]
+    commands["train-rm reward=pcrm_cosine"] = data
+    commands["align reward=pcrm_length"] = [*data, "algo=pm", "trainer.online.max_steps=20"]
     rows = ["| command | seconds |", "|---|---:|"]
     with tempfile.TemporaryDirectory() as folder:
         for command, overrides in commands.items():
             start = time.perf_counter()
-            job = [sys.executable, "-m", "rlhf_cli.cli", command, *overrides, "tracker=none"]
+            job = [sys.executable, "-m", "rlhf_cli.cli", *command.split(), *overrides, "tracker=none"]
             subprocess.run(job, check=True, cwd=folder, stderr=subprocess.DEVNULL)
             rows.append(f"| `rlhf {command}` | {time.perf_counter() - start:.0f} |")
         metrics = json.loads((Path(folder) / "evaluation" / "metrics.json").read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from scipy.special import stdtrit
 
 from rlhf_cli.config import compose
 from rlhf_cli.errors import ConfigError, UserError
@@ -299,17 +300,21 @@ def table(labels: dict[str, list[Row]], columns: dict[str, str]) -> list[str]:
 
 
 def verdict(key: str, differences: Sequence[float]) -> tuple[str, str]:
-    """Return what paired differences of a metric mean, and in how many seeds they have the sign of their mean."""
-    if len(differences) == 1:
+    """Return what paired differences of a metric mean, and in how many seeds they have the sign of their mean.
+
+    A difference is clear where the paired t-test's 95 % interval of its mean leaves out 0.
+    """
+    n = len(differences)
+    if n == 1:
         return "one seed, no verdict", ""
-    mean = statistics.mean(differences)
-    if abs(mean) <= statistics.stdev(differences):
-        return "no clear difference", ""
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n)
     way = "lower" if mean < 0 else "higher"
-    better = "higher" if key == "gold_reward" else describe(key).better
     count = sum(difference * mean > 0 for difference in differences)
-    kind = {"none": "changed", way: "better"}.get(better, "worse")
-    return kind, f" ({way} in {count} of {len(differences)} seeds)"
+    seeds = f" ({way} in {count} of {n})" if count else ""
+    if abs(mean) <= stdtrit(n - 1, 0.975) * error:
+        return "no clear difference", seeds
+    better = "higher" if key == "gold_reward" else describe(key).better
+    return {"none": "changed", way: "better"}.get(better, "worse"), seeds
 
 
 def compare(label: str, ours: Sequence[Row], base: Sequence[Row], columns: dict[str, str]) -> str:
@@ -361,7 +366,8 @@ def policy_section(experiment: Experiment, rows: Rows) -> list[str]:
 NOTES = """
 Accuracy, log-loss, ECE and Brier are against held-out judgements of the same judges, whose bias they share; gold is the
 people's shares. Below a table: mean ± standard deviation of the difference to the baseline, paired by seed. It is
-called better, worse or changed where the mean is beyond that standard deviation, else there is no clear difference.
+called better, worse or changed where the paired t-test's 95 % interval leaves out 0; of many numbers without any true
+difference, one in twenty is called so. With three seeds the interval is wide: "no clear difference" is not "none".
 """
 
 

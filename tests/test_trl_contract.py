@@ -39,8 +39,9 @@ HOOKS = [
         RewardTrainer,
         "compute_loss",
         ["model", "inputs", "return_outputs", "num_items_in_batch"],
-        "PairRewardTrainer.pair_loss, the seam of rlhf_cli/rewards",
+        "LossRewardTrainer: RewardLoss, the seam of rlhf_cli/rewards, replaces TRL's",
     ),
+    (RewardTrainer, "_prepare_dataset", ["dataset", "processing_class", "args", "dataset_name"], "rows are token ids"),
     (Trainer, "_save_checkpoint", ["model", "trial"], "WholeCheckpoints adds the critic and marks a checkpoint whole"),
     (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit takes the weights of a finished one"),
     (Trainer, "_load_optimizer_and_scheduler", ["checkpoint"], "OnlineTrainer loads critic and cost weight with it"),
@@ -280,15 +281,36 @@ def test_pairwise_trainer_gives_our_loss_our_batch_and_reference(tmp_path: Path,
     assert trainer.state.log_history[0]["probe"] == 1.0
 
 
-def test_reward_trainer_takes_token_ids_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = Dataset.from_list([{"chosen_ids": [4, 5, EOS], "rejected_ids": [6, EOS]}] * 2)
-    args = RewardConfig(**BASE, output_dir=str(tmp_path), max_length=None)
+def test_reward_trainer_gives_our_loss_our_batch_and_logs_our_metrics(tmp_path: Path, tokenizer: Any) -> None:
+    class Probe(RewardTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> torch.Tensor:
+            assert set(inputs) == {"ids", "bound"}, "JudgementCollator's fields reach compute_loss as they are"
+            assert inputs["bound"].tolist() == [float("inf"), 2.0]
+            assert model.base_model_prefix == "model", "token_values reads the body and the head by name"
+            self._metrics["train"]["probe"].append(1.0)
+            return model(input_ids=inputs["ids"]).logits.square().mean()
+
+    def collate(rows: list[dict]) -> dict:
+        rows = sorted(rows, key=lambda row: len(row["response_ids"]))
+        ids = [row["prompt_ids"] + response for row in rows for response in row["response_ids"]]
+        return {"ids": torch.tensor(ids), "bound": torch.tensor([row["bound"] for row in rows])}
+
+    rows = Dataset.from_list(
+        [
+            {"prompt_ids": [4], "response_ids": [[5, EOS], [6, EOS]], "bound": float("inf")},
+            {"prompt_ids": [4], "response_ids": [[5, EOS], [6, EOS], [7, EOS]], "bound": 2.0},
+        ]
+    )
+    args = RewardConfig(**BASE, output_dir=str(tmp_path), max_length=None, logging_steps=1)
     model = OPTForSequenceClassification(OPTConfig(**SHAPE | {"num_labels": 1, "pad_token_id": 1}))
-    trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask"}
-    assert batch["input_ids"].tolist() == [[4, 5, EOS]] * 2 + [[6, EOS, 1]] * 2
-    assert batch["attention_mask"].tolist() == [[1, 1, 1]] * 2 + [[1, 1, 0]] * 2
+    trainer = Probe(model, args, data_collator=collate, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.log_history[0]["probe"] == 1.0
 
 
 def test_sft_trainer_takes_labels_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from hashlib import sha256
 from importlib import import_module, invalidate_caches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from rlhf_cli.config import validate
-from rlhf_cli.config.catalog import Catalog, advice, conf_dir, has_key
+from rlhf_cli.config.catalog import PACKAGE, Catalog, advice, conf_dir, has_key
 from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.errors import ConfigError
 
@@ -263,11 +264,30 @@ def dump(cfg: CommandConfig) -> str:
     return yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True)
 
 
-def identity(obj: Any) -> dict[str, Any]:
+def identity(obj: Any, *, training: bool = False) -> dict[str, Any]:
     """Return a config (or any block of it) as nested dicts without what cannot change the result.
 
-    Left out are the fields whose metadata says identity=False, at every depth.
+    Left out are the fields whose metadata says identity=False, at every depth; with `training` also those that only
+    say how a trained model is read.
     """
-    kept = [field.name for field in fields(obj) if field.metadata.get("identity", True)]
-    values = {name: getattr(obj, name) for name in kept}
-    return {name: identity(value) if is_dataclass(value) else value for name, value in values.items()}
+    kept = [field for field in fields(obj) if field.metadata.get("identity", True)]
+    values = {
+        field.name: getattr(obj, field.name) for field in kept if not (training and field.metadata.get("reading"))
+    }
+    return {
+        name: identity(value, training=training) if is_dataclass(value) else value for name, value in values.items()
+    }
+
+
+def own_modules(cfg: CommandConfig) -> dict[str, str]:
+    """Return {"rlhf_cli.rewards.hinge": sha256 of its source} of the user's own modules that `cfg` uses."""
+    found = {}
+    for package, block in (("rlhf_cli.algos", "algo"), ("rlhf_cli.rewards", "reward")):
+        name = getattr(getattr(cfg, block, None), "name", None)
+        if name is None:
+            continue
+        module = validate.module(package, name) or validate.module(package, name.partition("_")[0])
+        file = Path(str(getattr(module, "__file__", None)))
+        if file.is_file() and not file.resolve().is_relative_to(PACKAGE):
+            found[f"{package}.{file.stem}"] = sha256(file.read_bytes()).hexdigest()
+    return found

@@ -21,6 +21,7 @@ def setting(
     le: float | None = None,
     choices: Sequence[str] | None = None,
     identity: bool = True,
+    reading: bool = False,
 ) -> Any:
     """Return a dataclass field without a value, with the range its value must lie in.
 
@@ -29,6 +30,7 @@ def setting(
         choices: the allowed strings.
         identity: False keeps the key out of the content hash by which finished stages are re-used
             (logging, places, hardware: what cannot change the result).
+        reading: True says that the key changes how a trained model is read, not how it is trained.
     """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
     metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -36,6 +38,8 @@ def setting(
         metadata["choices"] = tuple(choices)
     if not identity:
         metadata["identity"] = False
+    if reading:
+        metadata["reading"] = True
     return field(default=MISSING, metadata=metadata)
 
 
@@ -121,7 +125,7 @@ class RewardConfig:
     """
 
     name: str = MISSING
-    clip: float | None = setting(gt=0)
+    clip: float | None = setting(gt=0, reading=True)
 
 
 @dataclass
@@ -132,7 +136,7 @@ class TrainedRewardConfig(RewardConfig):
     label_smoothing: float = setting(ge=0, lt=0.5)
     centering: float = setting(ge=0)
     token_wise: bool = setting()
-    calibration: str = setting(choices=["none", "length"])
+    calibration: str = setting(choices=["none", "length"], reading=True)
 
 
 @dataclass
@@ -167,7 +171,7 @@ class SurveyConfig(DatasetConfig):
     demonstrations: int = setting(ge=1)
     pairs: int = setting(ge=1)
     heldout_pairs: int = setting(ge=1)
-    ranking_size: int = setting(ge=2)
+    ranking_size: int = setting(ge=2, le=8)
     length_bias: float = setting()
     gold_offset_reward: float = setting(le=0)
     closed_vocabulary: bool = setting()

@@ -111,16 +111,16 @@ def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:
     valid = catalog.choices("algo")
     if name not in valid:
         raise ConfigError(f"algo.name={name} does not name an algorithm", todo=advice(str(name), valid))
-    module = _module("rlhf_cli.algos", name)
-    if module is None:
+    found = module("rlhf_cli.algos", name)
+    if found is None:
         raise ConfigError(
             f"algorithm '{name}' has no module rlhf_cli/algos/{name}.py (or algos/{name}.py under --config-dir)",
             todo=advice(name, [choice for choice in valid if choice != name]),
         )
-    schema = getattr(module, "Config", None)
+    schema = getattr(found, "Config", None)
     if not (isinstance(schema, type) and issubclass(schema, AlgoConfig)):
         raise ConfigError(
-            f"algorithm '{name}' has no Config class in {module.__file__}",
+            f"algorithm '{name}' has no Config class in {found.__file__}",
             todo="Define `@dataclass class Config(AlgoConfig)` there, one field a key of its yaml",
         )
     return schema
@@ -135,23 +135,23 @@ def reward_schema(name: Any, catalog: Catalog) -> type[RewardConfig]:
     valid = catalog.choices("reward")
     if name not in valid:
         raise ConfigError(f"reward.name={name} does not name a reward", todo=advice(str(name), valid))
-    module = _module("rlhf_cli.rewards", name) or _module("rlhf_cli.rewards", name.partition("_")[0])
-    if module is None:
+    found = module("rlhf_cli.rewards", name) or module("rlhf_cli.rewards", name.partition("_")[0])
+    if found is None:
         raise ConfigError(
             f"reward '{name}' has no module rlhf_cli/rewards/{name}.py (or rewards/{name}.py under --config-dir)",
             todo=advice(name, [choice for choice in valid if choice != name]),
         )
-    schema = getattr(module, "CONFIGS", {}).get(name) or getattr(module, "Config", None)
+    schema = getattr(found, "CONFIGS", {}).get(name) or getattr(found, "Config", None)
     base = RewardConfig if name == "gold" else TrainedRewardConfig
     if not (isinstance(schema, type) and issubclass(schema, base)):
         raise ConfigError(
-            f"reward '{name}' has no Config(TrainedRewardConfig) class in {module.__file__}",
+            f"reward '{name}' has no Config(TrainedRewardConfig) class in {found.__file__}",
             todo="Define `@dataclass class Config(TrainedRewardConfig)` there, one field a key of its yaml",
         )
     return schema
 
 
-def _module(package: str, name: str) -> ModuleType | None:
+def module(package: str, name: str) -> ModuleType | None:
     """Return <package>.<name>, or None where there is none; what fails inside it is not hidden."""
     module_name = f"{package}.{name}"
     try:

@@ -31,7 +31,7 @@ class HeldOut:
         chosen_lengths, rejected_lengths: tokens, end-of-sequence included.
         label: probability that the chosen response is the better one, in [0, 1].
         length_ratio: similarity of the lengths after the first differing token, in [0, 1].
-        cosine: similarity of the embeddings (its angle), in [0, 1]; None where they are not computed.
+        cosine: similarity of the embeddings as the prior reads it, in [0, 1]; None where they are not computed.
         bound: delta*, nats, infinite where a pair has none; None where the loss bounds nothing.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,6 +109,12 @@ class ModelReward:
         self.model = freeze(load_reward_model(path, device))
         self.centre, self.pad_id, self.device, self.micro_batch = load_centre(path), pad_id, device, micro_batch
         self.calibration = LengthCalibration.load(path / CALIBRATION_FILE) if calibration == "length" else None
+
+    def calibrated(self, path: Path) -> ModelReward:
+        """Return the same model read with the length calibration in `path`; the weights are shared."""
+        other = copy(self)
+        other.calibration = LengthCalibration.load(path / CALIBRATION_FILE)
+        return other
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:

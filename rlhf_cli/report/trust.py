@@ -230,7 +230,7 @@ def _whiskers(rows: list[Panel], values: list[float]) -> list[list[float]]:
 
 def _span(low: float, high: float, *, whole: bool) -> str:
     ends = [f"{end:+.0f}" if whole and end else f"{end:.0f}" if whole else f"{end:.2f}" for end in (low, high)]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}".replace("-", MINUS)
+    return (ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}").replace("-", MINUS)
 
 
 def _brief(count: int) -> str:

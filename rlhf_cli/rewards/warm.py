@@ -18,7 +18,7 @@ class Config(TrainedRewardConfig):
     """Keys of conf/reward/warm.yaml."""
 
     members: int = setting(ge=2)
-    combine: str = setting(choices=["weights", "predictions"])
+    combine: str = setting(choices=["weights", "predictions"], reading=True)
 
 
 def average_weights(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

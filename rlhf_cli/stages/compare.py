@@ -22,8 +22,9 @@ CURVES = ("pm/tv", "pm/minority_mass", "pm/offset_mass")
 REWARD_CURVES = ("rm/loss", "train/rm/accuracy", "margin")
 TEXT_CURVES = ("reward/mean", "kl/per_token", "entropy/per_token")
 # Runs that differ here are measured against different targets.
-WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions", "dataset.length_bias")
-TARGET_KEYS = (*WORLD_KEYS, "reward.name", "reward.calibration")
+WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions")
+JUDGE_KEYS = ("dataset.length_bias", "dataset.ranking_size")
+TARGET_KEYS = (*WORLD_KEYS, *JUDGE_KEYS, "dataset.pairs", "reward.name", "reward.calibration", "reward.combine")
 # Output goes to a file or a pipe as wide as the table needs, and no narrower.
 PIPE_WIDTH = 100
 
@@ -155,7 +156,7 @@ def _check_comparable(runs: Sequence[Run], notes: Console) -> None:
         )
     configs = [dict(flatten(loaded.config)) for loaded in runs]
     policies = "algo.name" in configs[0]
-    keys = TARGET_KEYS if policies else WORLD_KEYS
+    keys = TARGET_KEYS if policies else (*WORLD_KEYS, *JUDGE_KEYS)
     differing = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     if differing:
         what = "their pm/ metrics have different targets" if policies else "they were judged on different data"

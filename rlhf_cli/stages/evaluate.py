@@ -15,6 +15,7 @@ from rlhf_cli.stages.results import SHOWN, announce, measure, stage_metrics
 from rlhf_cli.stages.session import Session, open_run, say, summary
 from rlhf_cli.stages.workspace import prepare
 from rlhf_cli.store import read_json
+from rlhf_cli.trainers.common import resolve_device
 
 
 def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
@@ -46,9 +47,18 @@ def _reward_model(cfg: EvaluateConfig, folder: Path | None, opened: Session) -> 
             rm = provide.reward_model(cfg)
             say(f"reward model: {rm}")
             session.run.write_metrics(stage_metrics({"reward model": rm}))
-            trust.report(cfg, session, policy=folder)
+            trust.report(cfg, session, policy=_named_policy(cfg, folder))
         summary(session, trust.SHOWN, files="metrics.json, trust.json, trust.png")
     return session.directory
+
+
+def _named_policy(cfg: EvaluateConfig, folder: Path | None) -> tuple[str, Any] | None:
+    """Return name and model of the policy in `folder`, which must have the reward model's tokens."""
+    if folder is None:
+        return None
+    policy = load_policy(folder, resolve_device(cfg.device))
+    require_same_tokens(folder, load_tokenizer(provide.sft_policy(cfg) / "model"), policy)
+    return str(folder), policy
 
 
 def weights(folder: Path | None) -> list[str]:
@@ -61,7 +71,7 @@ def policy_folder(cfg: EvaluateConfig) -> Path | None:
     """Return the model folder to measure, or None for the SFT policy.
 
     Raises:
-        RunError: there is no such folder, or it holds no model.
+        RunError: there is no such folder, or it holds no model, or a reward model.
     """
     if cfg.policy is None:
         return None
@@ -73,11 +83,27 @@ def policy_folder(cfg: EvaluateConfig) -> Path | None:
     name = "model" if cfg.checkpoint == "last" else "best"
     for folder in (given / name, given):
         if (folder / "config.json").is_file():
+            require_policy(folder)
             return folder
     raise RunError(
         f"policy={given} holds no model", f"neither {name}/config.json nor config.json is there",
         "give a finished run folder or a Hugging Face model folder",
     )  # fmt: skip
+
+
+def require_policy(folder: Path) -> None:
+    """Refuse a reward model: its body would open as a policy, and every number would be wrong.
+
+    Raises:
+        RunError: it is one.
+    """
+    architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise RunError(
+            f"{folder} holds a reward model, not a policy",
+            "",
+            "give a policy, or judge a reward model with stage=rm policy=RUN_DIR, its run folder",
+        )
 
 
 def require_same_tokens(path: Path, tokenizer: Any, policy: Any) -> None:

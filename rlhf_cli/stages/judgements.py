@@ -63,8 +63,16 @@ class Judgements:
         listed = [FREE] * len(self.pairs) if bounds is None else bounds.tolist()
         return [judgement(pair, bound) for pair, bound in zip(self.pairs, listed, strict=True)]
 
-    def damaged(self, pairs: list[PairTokens], share: float, rng: np.random.Generator) -> list[PairTokens]:
-        """Return pairs whose loser is a damaged response, as many as make up `share` of all."""
+    def damaged(
+        self, pairs: list[PairTokens], share: float, rng: np.random.Generator, *, beside: int | None = None
+    ) -> list[PairTokens]:
+        """Return pairs whose loser is a damaged response, as many as make up `share` of all judgements.
+
+        `beside` is the number of judgements that are not damaged; None: the pairs themselves.
+        """
+        if beside is not None and beside != len(pairs):  # rankings imply more pairs than they are
+            count = share / (1 - share) * beside
+            share = count / (count + len(pairs))
         vocabulary = [i for i in range(len(self.tokenizer)) if i not in self.tokenizer.all_special_ids]
         return negative_pairs(
             pairs, share, rng=rng, vocab_ids=vocabulary, valid_by_prompt=valid_responses(self.data, self.tokenizer),
@@ -95,13 +103,19 @@ def check_calibration(cfg: CommandConfig, data: PreferenceData) -> None:
 
 
 def halves(data: PreferenceData) -> tuple[list[Pair], list[Pair]]:
-    """Return the held-out pairs as two halves; on free text no prompt is in both."""
-    prompts = list(dict.fromkeys(pair.prompt for pair in data.heldout_pairs))
-    order = {prompt: number for number, prompt in enumerate(prompts)}
-    sides: tuple[list[Pair], list[Pair]] = ([], [])
-    for number, pair in enumerate(data.heldout_pairs):
-        sides[(number if data.questions else order[pair.prompt]) % 2].append(pair)
-    return (sides[0], sides[1]) if sides[1] else (sides[0], sides[0])
+    """Return the held-out pairs as two halves: to fit the length calibration, and to measure.
+
+    On free text no prompt is in both. On the survey world every wording is: its first judgements are in the one, its
+    later ones in the other, since a curve fitted on some questions says little about the length of others' answers.
+    """
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in data.heldout_pairs:
+        by_prompt.setdefault(pair.prompt, []).append(pair)
+    groups = list(by_prompt.values())
+    if not data.questions:
+        return [pair for group in groups[1::2] for pair in group], [pair for group in groups[::2] for pair in group]
+    fitting = [pair for group in groups for pair in group[: len(group) // 2]]
+    return fitting, [pair for group in groups for pair in group[len(group) // 2 :]]
 
 
 def valid_responses(data: PreferenceData, tokenizer: Any) -> dict[tuple[int, ...], set[tuple[int, ...]]]:

@@ -20,6 +20,8 @@ from rlhf_cli.rewards.pcrm import angle, length_ratio, margin_bound
 from rlhf_cli.store import Store, read_json
 from rlhf_cli.trainers.common import resolve_device
 
+SFT = "sft"  # the encoder that is the SFT policy
+ENCODER_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 RANDOM_STREAM = 31  # of the random control's draws, beside the other streams of a seed
 
 
@@ -32,8 +34,16 @@ def check(cfg: CommandConfig) -> None:
     blocks = {"reward": getattr(cfg, "reward", None)}
     blocks["algo.constraint"] = getattr(getattr(cfg, "algo", None), "constraint", None)
     for key, prior in blocks.items():
-        if isinstance(prior, CosinePrior) and prior.encoder != "sft":
+        if isinstance(prior, CosinePrior) and prior.encoder != SFT:
             check_encoder(prior.encoder, f"{key}.encoder")
+
+
+def encoders(cfg: CommandConfig) -> dict[str, Any]:
+    """Return what determines the encoders that `cfg` names, by config key; nothing for the SFT policy."""
+    blocks = {"reward": getattr(cfg, "reward", None)}
+    blocks["algo.constraint"] = getattr(getattr(cfg, "algo", None), "constraint", None)
+    named = {key: prior.encoder for key, prior in blocks.items() if isinstance(prior, CosinePrior)}
+    return {f"{key}.encoder": encoder_identity(name) for key, name in named.items() if name != SFT}
 
 
 def bounds(
@@ -86,7 +96,7 @@ def similarities(prior: CosinePrior, pairs: Sequence[Pair], *, cfg: CommandConfi
     texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
     distinct = list(dict.fromkeys(texts))
     what = {
-        "encoder": read_json(sft / "identity.json") if prior.encoder == "sft" else encoder_identity(prior.encoder),
+        "encoder": read_json(sft / "identity.json") if prior.encoder == SFT else encoder_identity(prior.encoder),
         "pooling": prior.pooling,
         "embed_prompt": prior.embed_prompt,
         "texts": hashlib.sha256(json.dumps(distinct).encode()).hexdigest(),
@@ -94,7 +104,7 @@ def similarities(prior: CosinePrior, pairs: Sequence[Pair], *, cfg: CommandConfi
     with Store(Path(cfg.store_dir)).building("similarity", what) as building:
         file = building.path / "cosine.npy"
         if not building.ready:
-            source = sft / "model" if prior.encoder == "sft" else prior.encoder
+            source = sft / "model" if prior.encoder == SFT else prior.encoder
             encoder = Encoder(source, pooling=prior.pooling, device=resolve_device(cfg.device))
             np.save(file, pair_cosines(encoder, distinct, embed_prompt=prior.embed_prompt).double().numpy())
             file = building.publish() / "cosine.npy"
@@ -105,7 +115,9 @@ def similarities(prior: CosinePrior, pairs: Sequence[Pair], *, cfg: CommandConfi
 
 
 def encoder_identity(encoder: str) -> Any:
-    """Return what determines an encoder: its name, and the weight files of a folder."""
+    """Return what determines an encoder: its name, and the files of a folder, by name, size and time."""
     folder = Path(encoder).expanduser()
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+    if encoder == SFT or not folder.is_dir():
+        return encoder
+    files = sorted(file for file in folder.iterdir() if file.suffix in ENCODER_FILES)
     return [encoder, *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]

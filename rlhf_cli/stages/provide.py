@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.compose import identity
+from rlhf_cli.config.compose import identity, own_modules
 from rlhf_cli.config.schema import CommandConfig, TrainRmConfig
 from rlhf_cli.data import content
 from rlhf_cli.rewards.bt import Config as BtConfig
@@ -20,8 +20,7 @@ from rlhf_cli.trainers.common import Log
 
 FORMAT = 2  # raised when a stage is built differently, so that old ones are not re-used
 MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples")  # dataset keys that no earlier stage reads
-JUDGING_ONLY = ("length_bias",)  # dataset keys that SFT does not read
-READING_ONLY = ("clip", "calibration", "combine")  # reward keys that say how a reward model is read
+JUDGING_ONLY = ("length_bias", "ranking_size")  # dataset keys that SFT does not read
 
 
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
@@ -45,10 +44,12 @@ def _dataset(cfg: CommandConfig) -> dict[str, Any]:
 
 def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
     """Return what determines the reward model: the SFT policy it starts from, its loss, its optimisation."""
-    reward = {key: value for key, value in identity(cfg.reward).items() if key not in READING_ONLY}
+    reward = identity(cfg.reward, training=True)
     if "encoder" in reward:
         reward["encoder"] = priors.encoder_identity(reward["encoder"])
-    return {**sft_identity(cfg), "dataset": _dataset(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
+    own = {name: digest for name, digest in own_modules(cfg).items() if name.startswith("rlhf_cli.rewards.")}
+    what = {**sft_identity(cfg), "dataset": _dataset(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
+    return {**what, **({"own": own} if own else {})}
 
 
 def sft_policy(cfg: CommandConfig, log: Log | None = None) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.compose import as_dict, identity
+from rlhf_cli.config.compose import as_dict, identity, own_modules
 from rlhf_cli.config.schema import AlignConfig, CommandConfig
 from rlhf_cli.data import content, load
 from rlhf_cli.errors import DataError, UserError
@@ -64,7 +64,9 @@ def open_run(
     check_folder(Path(cfg.store_dir), "store_dir")
     quiet_libraries()
     keep_freed_memory()
-    run_identity = {"command": command, **identity(cfg), "data": content(cfg.dataset), **(more_identity or {})}
+    own = {**own_modules(cfg), **priors.encoders(cfg)}  # may change under the same config
+    more = {**(more_identity or {}), **({"own": own} if own else {})}
+    run_identity = {"command": command, **identity(cfg), "data": content(cfg.dataset), **more}
     dataset = cfg.dataset.source
     name = default_name(what, dataset=dataset, model=cfg.model.name, seed=cfg.seed, identity=run_identity)
     directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name

@@ -34,8 +34,8 @@ def run(cfg: TrainRmConfig, overrides: Sequence[str] = (), config_dir: str | Non
         if not session.finished:
             stage = provide.reward_model(cfg, session.log)
             session.adopt(stage, "rm")
-            trust.report(cfg, session, policy=None)
-        summary(session, trust.SHOWN, files="metrics.json, trust.png, training_log.jsonl, model/")
+            trust.report(cfg, session)
+        summary(session, trust.SHOWN, files="metrics.json, trust.json, trust.png, model/")
     return session.directory
 
 
@@ -52,8 +52,9 @@ def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: in
     model = new_reward_model(sft / "model", init_std=cfg.model.init_std)
     seed = member_seed(cfg.seed, member)
     loss = rewards.get(cfg.reward.name)
-    damage = data.damaged(data.pairs, cfg.reward.negative_share, np.random.default_rng(seed))
-    rows = data.training_rows(loss, sft) + [judgement(pair) for pair in damage]  # a prior bounds what people judge
+    rows = data.training_rows(loss, sft)
+    damage = data.damaged(data.pairs, cfg.reward.negative_share, np.random.default_rng(seed), beside=len(rows))
+    rows += [judgement(pair) for pair in damage]  # without a bound: a prior is about what people judge
     require_batch(rows, cfg.trainer.rm.batch_size, "reward judgements", "trainer.rm.batch_size")
     device = resolve_device(cfg.device)
     trainer = reward_trainer(
@@ -119,5 +120,6 @@ def _held_out(model: Any, rows: Sequence[Any], pad_id: int) -> dict[str, float]:
 def _names(metrics: dict[str, float]) -> dict[str, float]:
     kept = {"loss": "rm/loss", "accuracy": "train/rm/accuracy", "margin": "margin"}
     kept |= {"bound": "rm/bound", "bound_half": "rm/bound_half", "beyond_bound": "rm/beyond_bound"}
-    kept |= {key: key for key in ("bounded_margin", "score/mean", "score/std", "grad_norm", "learning_rate")}
+    kept |= {"bounded_margin": "rm/bounded_margin"}
+    kept |= {key: key for key in ("score/mean", "score/std", "grad_norm", "learning_rate")}
     return {name: metrics[key] for key, name in kept.items() if key in metrics}

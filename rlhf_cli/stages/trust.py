@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from rlhf_cli.measure.sampled import Sampling, draw
 from rlhf_cli.measure.trust import Gold, HeldOut, Spread, trust_report
 from rlhf_cli.models.calibration import CALIBRATION_FILE
 from rlhf_cli.models.policy import freeze, load_policy
-from rlhf_cli.models.reward import Reward
+from rlhf_cli.models.reward import ModelReward, Reward
 from rlhf_cli.report.trust import trust_figure
 from rlhf_cli.stages import priors, provide
 from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.session import Session, say
-from rlhf_cli.stages.workspace import measured_prompts, model_reward
+from rlhf_cli.stages.workspace import answer_tree, mean_reward, measured_prompts
 from rlhf_cli.store import write_json
 from rlhf_cli.trainers.common import resolve_device
 
@@ -34,13 +33,13 @@ BATCH = 256  # responses scored at a time
 FILE, FIGURE = "trust.json", "trust.png"
 
 
-def report(cfg: TrainRmConfig, session: Session, *, policy: Path | None) -> None:
+def report(cfg: TrainRmConfig, session: Session, *, policy: tuple[str, Any] | None = None) -> None:
     """Judge the reward model of `cfg`, read as `cfg` says, and write metrics, trust.json and trust.png.
 
     Args:
         cfg: of the command.
         session: its open run; metrics it holds already are kept.
-        policy: model folder whose samples are scored beside the dataset's responses; None: the SFT policy.
+        policy: name and model of the policy whose samples are scored beside the dataset's responses; None: SFT's.
 
     Raises:
         RunError: a score is not finite.
@@ -48,13 +47,14 @@ def report(cfg: TrainRmConfig, session: Session, *, policy: Path | None) -> None
     sft = provide.sft_policy(cfg)
     device = resolve_device(cfg.device)
     data = Judgements(cfg, sft)
-    rewards = reward_models(cfg, data.tokenizer.pad_token_id, device)
+    readings, read = reward_readings(cfg, data.tokenizer.pad_token_id, device)
     pairs = data.encode(data.measuring)
-    heldout = _held_out(cfg, data, pairs, rewards, sft)
+    heldout = _held_out(cfg, data, pairs, readings, read, sft)
     dataset = np.concatenate([heldout.chosen, heldout.rejected])
-    name = "the SFT policy" if policy is None else str(policy)
-    spread = Spread(dataset, _policy_rewards(cfg, data, rewards["read"], policy or sft / "model", device), name)
-    metrics, panels = trust_report(heldout, _gold(data, rewards["read"]), spread)
+    name, model = policy or ("the SFT policy", load_policy(sft / "model", device))
+    spread = Spread(dataset, _policy_rewards(cfg, data, readings[read], model, device), name)
+    metrics, panels = trust_report(heldout, _gold(data, readings[read]), spread)
+    metrics["rm/negative_accuracy"] = _negative_accuracy(data, pairs, readings[read])
     write_json(session.directory / FILE, {"metrics": metrics, "panels": panels})
     figure = session.directory / FIGURE
     trust_figure(panels, figure, title=f"{cfg.reward.name} on {cfg.dataset.source}, seed {cfg.seed}")
@@ -64,34 +64,42 @@ def report(cfg: TrainRmConfig, session: Session, *, policy: Path | None) -> None
     say(f"trust report: {figure}")
 
 
-def reward_models(cfg: TrainRmConfig, pad_id: int, device: str) -> dict[str, Reward]:
-    """Return the reward as `cfg` says it is read, as it is without calibration, and calibrated where it can be."""
+def reward_readings(cfg: TrainRmConfig, pad_id: int, device: str) -> tuple[dict[str, Reward], str]:
+    """Return the reward as it is (`raw`) and, where it can be, calibrated for length, and which of them `cfg` reads.
+
+    Raises:
+        RunError: `cfg` reads it calibrated, and it has no calibration.
+    """
     reward = cfg.reward
     assert isinstance(reward, TrainedRewardConfig)
-    folders = provide.combined_members(cfg) or [provide.reward_model(cfg)]
-
-    def read(calibration: str) -> Reward:
-        return model_reward(replace(reward, calibration=calibration), folders, pad_id, device)
-
-    calibrated = all((folder / "model" / CALIBRATION_FILE).is_file() for folder in folders)
-    found = {"raw": read("none"), **({"calibrated": read("length")} if calibrated else {})}
-    asked = reward.calibration == "length"
-    return {**found, "read": (found.get("calibrated") or read("length")) if asked else found["raw"]}
+    folders = [folder / "model" for folder in provide.combined_members(cfg) or [provide.reward_model(cfg)]]
+    members = [ModelReward(folder, pad_id, device) for folder in folders]
+    readings: dict[str, Reward] = {"raw": mean_reward(members)}
+    read = "calibrated" if reward.calibration == "length" else "raw"
+    if read == "calibrated" or all((folder / CALIBRATION_FILE).is_file() for folder in folders):
+        pairs = zip(members, folders, strict=True)
+        readings["calibrated"] = mean_reward([member.calibrated(folder) for member, folder in pairs])
+    return readings, read
 
 
 def _held_out(
-    cfg: TrainRmConfig, data: Judgements, pairs: list[PairTokens], rewards: dict[str, Reward], sft: Path
+    cfg: TrainRmConfig,
+    data: Judgements,
+    pairs: list[PairTokens],
+    readings: dict[str, Reward],
+    read: str,
+    sft: Path,
 ) -> HeldOut:
     prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(pair.prompt for pair in data.measuring))}
-    scores = {name: [_rewards(reward, pairs, side) for side in SIDES] for name, reward in rewards.items()}
+    scores = {name: [_rewards(reward, pairs, side) for side in SIDES] for name, reward in readings.items()}
     calibrated = scores.get("calibrated", [None, None])
     cosine = None
     if isinstance(cfg.reward, CosinePrior):
         cosine = priors.similarities(cfg.reward, data.measuring, cfg=cfg, sft=sft)
     return HeldOut(
         prompts=np.array([prompts[pair.prompt] for pair in data.measuring]),
-        chosen=scores["read"][0],
-        rejected=scores["read"][1],
+        chosen=scores[read][0],
+        rejected=scores[read][1],
         raw_chosen=scores["raw"][0],
         raw_rejected=scores["raw"][1],
         calibrated_chosen=calibrated[0],
@@ -103,6 +111,13 @@ def _held_out(
         cosine=cosine,
         bound=priors.bounds(cfg.reward, data.measuring, pairs, cfg=cfg, sft=sft),
     )
+
+
+def _negative_accuracy(data: Judgements, pairs: list[PairTokens], reward: Reward) -> float:
+    """Return the share of damaged responses below the intact one, as many as there are pairs."""
+    damaged = data.damaged(pairs, 0.5, np.random.default_rng([data.cfg.seed, 1]))
+    margin = _rewards(reward, damaged, "chosen_ids") - _rewards(reward, damaged, "rejected_ids")
+    return float((margin > 0).mean())
 
 
 def _rewards(reward: Reward, pairs: Sequence[Any], side: str) -> np.ndarray:
@@ -131,13 +146,18 @@ def _gold(data: Judgements, reward: Reward) -> Gold | None:
     return Gold(found, known, [not question.heldout for question in questions])
 
 
-def _policy_rewards(cfg: TrainRmConfig, data: Judgements, reward: Reward, path: Path, device: str) -> np.ndarray:
-    """Return the rewards of a policy's samples, (prompts, samples)."""
+def _policy_rewards(cfg: TrainRmConfig, data: Judgements, reward: Reward, policy: Any, device: str) -> np.ndarray:
+    """Return the rewards of a policy's samples, drawn as its alignment draws them, (prompts, samples)."""
     tokenizer = data.tokenizer
+    generation = getattr(cfg, "generation", None)  # train-rm has none: the SFT policy as it is
     how = Sampling(
-        cfg.dataset.max_completion_tokens, 1.0, None, [tokenizer.eos_token_id], tokenizer.pad_token_id, device
+        max_new_tokens=cfg.dataset.max_completion_tokens,
+        temperature=1.0 if generation is None else generation.temperature,
+        tree=answer_tree(cfg.dataset, data.data, tokenizer, policy.config.vocab_size, device),
+        eos_ids=[tokenizer.eos_token_id],
+        pad_id=tokenizer.pad_token_id,
+        device=device,
     )
     texts, samples = measured_prompts(cfg, data.data)
     prompts = [encode_prompt(tokenizer, text) for text in texts for _ in range(samples)]
-    responses = draw(freeze(load_policy(path, device)), prompts, how, cfg.seed)
-    return _scored(reward, prompts, responses).reshape(len(texts), samples)
+    return _scored(reward, prompts, draw(freeze(policy), prompts, how, cfg.seed)).reshape(len(texts), samples)

@@ -11,30 +11,30 @@ import torch
 
 from rlhf_cli.config.schema import TrainRmConfig
 from rlhf_cli.metrics.calibration import expected_calibration_error, logistic_loss, right_side
-from rlhf_cli.models.reward import EnsembleReward, ModelReward, load_reward_model
+from rlhf_cli.models.reward import ModelReward, load_reward_model
 from rlhf_cli.rewards.warm import average_weights
 from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.stages.train_rm import finish
+from rlhf_cli.trainers.common import resolve_device
 
 
 def build(cfg: TrainRmConfig, sft: Path, members: list[Path], folder: Path, log: StageLog) -> None:
     """Write the averaged model into `folder`, with its calibration and the members' disagreement."""
-    data = Judgements(cfg, sft)
-    models = [load_reward_model(member / "model") for member in members]
-    models[0].load_state_dict(average_weights([model.state_dict() for model in models]))
+    data, device = Judgements(cfg, sft), resolve_device(cfg.device)
     _mean_curves(members, log)
-    finish(data, models[0], folder, log, more=agreement(data, members))
+    found = agreement(data, members, device)
+    weights = average_weights([load_reward_model(member / "model").state_dict() for member in members])
+    averaged = load_reward_model(members[0] / "model")
+    averaged.load_state_dict(weights)
+    finish(data, averaged.to(device), folder, log, more=found)
 
 
-def agreement(data: Judgements, members: list[Path]) -> dict[str, float]:
+def agreement(data: Judgements, members: list[Path], device: str) -> dict[str, float]:
     """Return how the members do on held-out pairs, how their prediction ensemble does, and how far they disagree."""
-    pad_id = data.tokenizer.pad_token_id
-    rewards = [ModelReward(member / "model", pad_id, "cpu") for member in members]
-    label = np.array([pair.label for pair in data.measuring])
-    margins = np.stack([_margins(reward, data) for reward in rewards])  # (M, N)
-    ensemble = _judged(_margins(EnsembleReward(rewards), data), label)
-    each = [_judged(margin, label) for margin in margins]
+    margins = np.stack([_margins(member, data, device) for member in members])  # (M, N)
+    ensemble = _judged(margins.mean(0), data)
+    each = [_judged(margin, data) for margin in margins]
     found = {f"rm/ensemble_{key}": value for key, value in ensemble.items()}
     found |= {f"rm/member_{key}/mean": float(np.mean([one[key] for one in each])) for key in ensemble}
     found["rm/member_accuracy/min"] = min(one["accuracy"] for one in each)
@@ -44,18 +44,23 @@ def agreement(data: Judgements, members: list[Path]) -> dict[str, float]:
     return found
 
 
-def _margins(reward: Any, data: Judgements) -> np.ndarray:
-    rows = data.encode(data.measuring)
+def _margins(member: Path, data: Judgements, device: str) -> np.ndarray:
+    reward = ModelReward(member / "model", data.tokenizer.pad_token_id, device)
+    rows: list[Any] = data.encode(data.measuring)
     prompts = [row["prompt_ids"] for row in rows]
     sides = [reward(prompts, [row[side] for row in rows]) for side in ("chosen_ids", "rejected_ids")]
     return (sides[0] - sides[1]).double().cpu().numpy()
 
 
-def _judged(margin: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def _judged(margin: np.ndarray, data: Judgements) -> dict[str, float]:
+    """Return accuracy and log-loss, means over prompts of their pairs as in the trust report, and ECE."""
+    label = np.array([pair.label for pair in data.measuring])
+    prompts = np.unique([pair.prompt for pair in data.measuring], return_inverse=True)[1]
+    pairs = np.bincount(prompts)
     probability = torch.sigmoid(torch.from_numpy(margin)).numpy()
     return {
-        "accuracy": float(right_side(margin, label).mean()),
-        "log_loss": float(logistic_loss(margin, label).mean()),
+        "accuracy": float((np.bincount(prompts, right_side(margin, label)) / pairs).mean()),
+        "log_loss": float((np.bincount(prompts, logistic_loss(margin, label)) / pairs).mean()),
         "ece": expected_calibration_error(probability, label),
     }
 

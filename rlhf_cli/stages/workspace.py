@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_cli import algos
 from rlhf_cli.algos.base import Algorithm
-from rlhf_cli.config.schema import AlignConfig, CommandConfig, RewardConfig, SurveyConfig, TextConfig
+from rlhf_cli.config.schema import AlignConfig, CommandConfig, DatasetConfig, SurveyConfig, TextConfig
 from rlhf_cli.data import load
 from rlhf_cli.data.encode import decode_response, encode_pairs, encode_prompt, encode_response, fit_to_context
 from rlhf_cli.data.rows import PreferenceData
@@ -95,7 +95,7 @@ def prepare(cfg: AlignConfig, sft: Path, rm: Path | None, members: Sequence[Path
     reference = freeze(load_policy(sft / "model", device))
     reward = _reward(cfg, data, tokenizer, members or ([rm] if rm else []), device)
     enumeration = _enumeration(data, tokenizer, device)
-    tree = _tree(cfg, enumeration, tokenizer, reference.config.vocab_size, device)
+    tree = answer_tree(cfg.dataset, data, tokenizer, reference.config.vocab_size, device)
     eos_ids = [tokenizer.eos_token_id]
     temperature = cfg.generation.temperature
     how = Sampling(cfg.dataset.max_completion_tokens, temperature, tree, eos_ids, tokenizer.pad_token_id, device)
@@ -152,25 +152,30 @@ def _enumeration(data: PreferenceData, tokenizer: Any, device: str) -> Enumerati
     return enumerate_answers(data.questions, prompts, answers, tokenizer.pad_token_id, device)
 
 
-def model_reward(reward: RewardConfig, folders: Sequence[Path], pad_id: int, device: str) -> Reward:
-    """Return the reward of one model, or the mean of several, read as `reward` says."""
-    calibration = getattr(reward, "calibration", "none")
-    members = [ModelReward(folder / "model", pad_id, device, calibration) for folder in folders]
+def mean_reward(members: Sequence[Reward]) -> Reward:
+    """Return the reward of one model, or the mean of several."""
     return members[0] if len(members) == 1 else EnsembleReward(members)
 
 
-def _tree(
-    cfg: AlignConfig, enumeration: Enumeration | None, tokenizer: Any, vocab_size: int, device: str
+def answer_tree(
+    dataset: DatasetConfig, data: PreferenceData, tokenizer: Any, vocab_size: int, device: str
 ) -> PrefixTree | None:
-    if not isinstance(cfg.dataset, SurveyConfig) or not cfg.dataset.closed_vocabulary or enumeration is None:
+    """Return the tree of valid answers where the vocabulary is closed to them, else None."""
+    if not isinstance(dataset, SurveyConfig) or not dataset.closed_vocabulary:
         return None
-    sequences = zip(enumeration.prompt_ids, enumeration.response_ids, strict=True)
+    sequences = [
+        (encode_prompt(tokenizer, question.prompt), encode_response(tokenizer, answer))
+        for question in data.questions
+        for answer in question.answers
+    ]
     return PrefixTree(sequences, vocab_size, tokenizer.pad_token_id).to(device)
 
 
 def _reward(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, folders: Sequence[Path], device: str) -> Reward:
     if folders:
-        return model_reward(cfg.reward, folders, tokenizer.pad_token_id, device)
+        calibration = getattr(cfg.reward, "calibration", "none")
+        pad_id = tokenizer.pad_token_id
+        return mean_reward([ModelReward(folder / "model", pad_id, device, calibration) for folder in folders])
     gold = data.gold
     assert gold is not None
     table = {

@@ -80,9 +80,9 @@ class LossRewardTrainer(WholeCheckpoints, RewardTrainer):
 
     @torch.no_grad()
     def _note(self, model: Any, scores: Tensor, margin: Tensor, columns: dict[str, Tensor]) -> None:
-        people = columns["bound"].isfinite()
+        people, label = columns["bound"].isfinite(), columns["label"]
         shown = {
-            "accuracy": ((margin > 0) == (columns["label"] > 0.5)).float().mean(),
+            "accuracy": torch.where(margin == 0, 0.5, torch.where(margin > 0, label, 1 - label)).mean(),
             "margin": margin.mean(),
             "score/mean": scores.mean(),
             "score/std": scores.std(),

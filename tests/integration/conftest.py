@@ -59,8 +59,9 @@ def finished(workshop: Path, store: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw nothing for a run: figures take half of a small job."""
-    from rlhf_cli.stages import results
+    from rlhf_cli.stages import results, trust
 
+    monkeypatch.setattr(trust, "trust_figure", lambda panels, path, **_: path.write_bytes(PIXEL))
     monkeypatch.setattr(results, "preference_bars", lambda rows, path, **_: path.write_bytes(PIXEL))
     monkeypatch.setattr(results, "curves", lambda lines, path, keys: path.write_bytes(PIXEL))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from typer.testing import Result
 
 # The smallest jobs that still go through every line: a second a run.
 SMALL = ["tracker=none", "device=cpu"]
@@ -75,3 +78,19 @@ def sft_folder(store: Path, run_dir: Path) -> Path:
         if all(same) and kept["dataset"].items() <= asked["dataset"].items():
             return folder
     raise AssertionError(f"no SFT policy of {run_dir} in {store}")
+
+
+def refused(result: Result) -> str:
+    """Return the one line of the error; there is no traceback."""
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in result.output
+    assert re.search(r"[^.?!][.?!]$", line), "one full stop ends it"
+    return line
+
+
+def nothing_half_trained(store: Path) -> None:
+    """Locks may stay; work that was begun, or a stage that was not finished, may not."""
+    begun = [path for path in store.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert begun == []
+    assert not list(store.glob(".work/*"))

@@ -10,22 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_jobs import SMALL, SURVEY, files, job, read_json, write_lines
+from small_jobs import SMALL, SURVEY, files, job, nothing_half_trained, read_json, refused, write_lines
 from typer.testing import Result
 
 Rlhf = Callable[..., Result]
 ROWS = [{"prompt": f"Question {i}?", "chosen": f"good answer {i}", "rejected": f"bad reply {i}"} for i in range(40)]
 EQUAL = [{**row, "rejected": row["chosen"]} for row in ROWS]
 TEXT = ["dataset=preferences", "dataset.path=rows.jsonl", "trainer.sft.batch_size=4"]
-
-
-def refused(result: Result) -> str:
-    """Return the one line of the error; there is no traceback."""
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "Traceback" not in result.output
-    assert re.search(r"[^.?!][.?!]$", line), "one full stop ends it"
-    return line
 
 
 @pytest.fixture
@@ -77,13 +68,6 @@ def test_a_value_that_cannot_be(align: Callable[..., Result], overrides: list[st
     assert files(Path()) - {"store"} == {"file", "folder", "rows.jsonl"}
     assert files(Path("folder")) == {"notes.txt"}
     nothing_half_trained(Path("store"))
-
-
-def nothing_half_trained(store: Path) -> None:
-    """Locks may stay; work that was begun, or a stage that was not finished, may not."""
-    begun = [path for path in store.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    assert begun == []
-    assert not list(store.glob(".work/*"))
 
 
 @pytest.mark.parametrize(

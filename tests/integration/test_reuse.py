@@ -45,7 +45,7 @@ def test_settings_of_later_stages_do_not_train_earlier_ones_again(
 
 @pytest.mark.parametrize(
     ("change", "stages"),
-    [("reward.negative_share=0.1", ["PairRewardTrainer"]), ("trainer.rm.learning_rate=2e-3", ["PairRewardTrainer"])],
+    [("reward.negative_share=0.1", ["LossRewardTrainer"]), ("trainer.rm.learning_rate=2e-3", ["LossRewardTrainer"])],
 )
 def test_a_setting_of_a_stage_trains_it_and_what_follows(
     small: Small, finished: Finished, trained: list[str], change: str, stages: list[str]
@@ -109,7 +109,7 @@ def test_a_multirun_trains_each_stage_once_a_seed_and_compares_its_jobs(rlhf: Rl
     assert result.exit_code == 0, result.output
     assert {name: trained.count(name) for name in set(trained)} == {
         "DemonstrationTrainer": 2,
-        "PairRewardTrainer": 2,
+        "LossRewardTrainer": 2,
         "OnlineTrainer": 4,
         "PairwiseTrainer": 4,
     }

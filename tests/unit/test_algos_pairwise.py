@@ -169,6 +169,19 @@ def test_dpo_of_a_batch_is_the_mean_loss_of_summed_tokens() -> None:
     assert not found["dpo_loss"].requires_grad
 
 
+@pytest.mark.parametrize(
+    ("name", "config"), [("dpo", {"beta": 0.5}), ("dpm", {"beta": 0.5, "alpha": 1.0}), ("rpo", RPO)]
+)
+def test_logits_are_given_pair_by_pair_with_gradient(name: str, config: dict[str, object]) -> None:
+    batch = pairs()
+    batch.chosen.requires_grad_()
+    found = terms(name, batch, **config)["logits"]
+    sides = [side.sum(-1) for side in (batch.chosen, batch.rejected, batch.ref_chosen, batch.ref_rejected)]
+    torch.testing.assert_close(found, 0.5 * ((sides[0] - sides[2]) - (sides[1] - sides[3])))
+    found.sum().backward()
+    torch.testing.assert_close(batch.chosen.grad, 0.5 * MASK.double())
+
+
 def test_dpm_uses_pm_s_effective_reference() -> None:
     batch = pairs()
     torch.testing.assert_close(terms("dpm", batch, beta=0.4, alpha=1.0), terms("dpo", batch, beta=0.4))

@@ -137,18 +137,21 @@ def test_a_cell_is_mean_and_sample_standard_deviation() -> None:
 @pytest.mark.parametrize(
     ("key", "differences", "expected"),
     [
-        ("gold/tv", [-0.1, -0.2, -0.3], ("better", " (lower in 3 of 3 seeds)")),  # mean -0.2, sd 0.1
-        ("rm/accuracy", [-0.1, -0.2, -0.3], ("worse", " (lower in 3 of 3 seeds)")),
-        ("gold_reward", [0.1, 0.2, 0.3], ("better", " (higher in 3 of 3 seeds)")),
-        ("length/mean", [0.1, 0.2, 0.3], ("changed", " (higher in 3 of 3 seeds)")),
-        ("gold/tv", [0.1, 0.2, -0.3], ("no clear difference", "")),  # mean 0
-        ("gold/tv", [0.0, 0.0, 0.3], ("no clear difference", "")),  # mean 0.1, sd 0.173
-        ("gold/tv", [-0.01, 1.0, 1.0], ("worse", " (higher in 2 of 3 seeds)")),  # 0.663, sd 0.583
+        # mean -0.2, sd 0.05: t = 0.2 / (0.05 / sqrt 3) = 6.93 > 4.30
+        ("gold/tv", [-0.15, -0.2, -0.25], ("better", " (lower in 3 of 3)")),
+        ("rm/accuracy", [-0.15, -0.2, -0.25], ("worse", " (lower in 3 of 3)")),
+        ("gold_reward", [0.15, 0.2, 0.25], ("better", " (higher in 3 of 3)")),
+        ("length/mean", [0.15, 0.2, 0.25], ("changed", " (higher in 3 of 3)")),
+        ("gold/tv", [-0.1, -0.2, -0.3], ("no clear difference", " (lower in 3 of 3)")),  # sd 0.1: t = 3.46
+        ("gold/tv", [0.0, 0.0, 0.3], ("no clear difference", " (higher in 1 of 3)")),
+        ("gold/tv", [-0.01, 1.0, 1.0], ("no clear difference", " (higher in 2 of 3)")),
         ("gold/tv", [0.0, 0.0, 0.0], ("no clear difference", "")),
         ("gold/tv", [-0.5], ("one seed, no verdict", "")),
     ],
 )
-def test_a_difference_is_clear_beyond_its_own_spread(key: str, differences: list[float], expected: tuple) -> None:
+def test_a_difference_is_clear_where_its_interval_leaves_out_0(
+    key: str, differences: list[float], expected: tuple
+) -> None:
     assert bench.verdict(key, differences) == expected
 
 
@@ -157,7 +160,7 @@ def test_differences_are_paired_by_seed() -> None:
     base = [{"gold/tv": v, "reward/mean": 0.0, "pm/tv": v} for v in (0.0, 10.0, 20.0)]
     ours = [{"gold/tv": v, "reward/mean": 9.0} for v in (-1.0, 9.0, 18.7)]
     line = bench.compare("pm with x", ours, base, bench.POLICY)
-    assert line == "- pm with x. better: gold/tv -1.100 ± 0.173 (lower in 3 of 3 seeds)."
+    assert line == "- pm with x. better: gold/tv -1.100 ± 0.173 (lower in 3 of 3)."
 
 
 def test_wall_time_is_the_union_of_the_runs() -> None:
@@ -235,7 +238,7 @@ def test_the_page_has_its_tables_from_the_runs_numbers(
     assert bench.main([experiment, f"folder={tmp_path / 'runs'}"]) == 0
     page = (tmp_path / "results" / f"reward_models_{experiment}.md").read_text(encoding="utf-8")
     other = bench.EXPERIMENTS[experiment].methods[1]
-    policy = f"- pm with `{other}` against `bt`. worse: gold/tv +0.100 ± 0.000 (higher in 3 of 3 seeds), pm/tv"
+    policy = f"- pm with `{other}` against `bt`. worse: gold/tv +0.100 ± 0.000 (higher in 3 of 3), pm/tv"
     # bt: 0, 0.1, 0.2; the other: 0.1 more
     assert "| 0.100 ± 0.100 |" in page
     assert "| 0.200 ± 0.100 |" in page

@@ -9,8 +9,10 @@ from tiny_models import BOS, EOS, PAD, tiny_policy, tiny_reward_model
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.calibration import CALIBRATION_FILE, LengthCalibration
 from rlhf_cli.models.reward import (
     Critic,
+    EnsembleReward,
     GoldReward,
     ModelReward,
     load_centre,
@@ -92,6 +94,23 @@ def test_model_rewards_are_centred_scores_in_any_micro_batch(folder: Path) -> No
         found = ModelReward(folder, PAD, "cpu", micro_batch=micro_batch)(PROMPTS, RESPONSES)
         torch.testing.assert_close(found, raw - 0.75, atol=1e-5, rtol=0)
         assert not found.requires_grad
+
+
+def test_calibrated_rewards_are_less_the_offset_at_the_length(folder: Path) -> None:
+    with pytest.raises(RunError, match="has no length calibration"):
+        ModelReward(folder, PAD, "cpu", "length")
+    LengthCalibration((2.0, 6.0), (1.0, -3.0)).save(folder / CALIBRATION_FILE)
+    raw = ModelReward(folder, PAD, "cpu")(PROMPTS, RESPONSES)
+    # 2, 6 and 3 tokens, end-of-sequence included: 1, -3, and a quarter of the way between
+    for micro_batch in (1, 256):
+        found = ModelReward(folder, PAD, "cpu", "length", micro_batch)(PROMPTS, RESPONSES)
+        torch.testing.assert_close(raw - found, torch.tensor([1.0, -3.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_an_ensemble_s_reward_is_the_mean(folder: Path) -> None:
+    reward = ModelReward(folder, PAD, "cpu")
+    found = EnsembleReward([reward, lambda prompts, responses: torch.tensor([1.0, 2.0, 3.0])])(PROMPTS, RESPONSES)
+    torch.testing.assert_close(found, (reward(PROMPTS, RESPONSES) + torch.tensor([1.0, 2.0, 3.0])) / 2)
 
 
 def test_a_model_reward_that_is_not_finite_is_refused(folder: Path) -> None:
