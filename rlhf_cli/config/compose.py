@@ -280,7 +280,7 @@ def identity(obj: Any, *, training: bool = False) -> dict[str, Any]:
 
 
 def own_modules(cfg: CommandConfig) -> dict[str, str]:
-    """Return {"rlhf_cli.rewards.hinge": sha256 of its source} of the user's own modules that `cfg` uses."""
+    """Return {"algo" or "reward": sha256 of the source} of the user's own modules that `cfg` uses."""
     found = {}
     for package, block in (("rlhf_cli.algos", "algo"), ("rlhf_cli.rewards", "reward")):
         name = getattr(getattr(cfg, block, None), "name", None)
@@ -289,5 +289,5 @@ def own_modules(cfg: CommandConfig) -> dict[str, str]:
         module = validate.module(package, name) or validate.module(package, name.partition("_")[0])
         file = Path(str(getattr(module, "__file__", None)))
         if file.is_file() and not file.resolve().is_relative_to(PACKAGE):
-            found[f"{package}.{file.stem}"] = sha256(file.read_bytes()).hexdigest()
+            found[block] = sha256(file.read_bytes()).hexdigest()
     return found

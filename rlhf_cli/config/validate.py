@@ -141,7 +141,9 @@ def reward_schema(name: Any, catalog: Catalog) -> type[RewardConfig]:
             f"reward '{name}' has no module rlhf_cli/rewards/{name}.py (or rewards/{name}.py under --config-dir)",
             todo=advice(name, [choice for choice in valid if choice != name]),
         )
-    schema = getattr(found, "CONFIGS", {}).get(name) or getattr(found, "Config", None)
+    family = getattr(found, "CONFIGS", {})  # pcrm_length_mine is a pcrm_length
+    kin = [key for key in family if name == key or name.startswith(f"{key}_")]
+    schema = family[max(kin, key=len)] if kin else getattr(found, "Config", None)
     base = RewardConfig if name == "gold" else TrainedRewardConfig
     if not (isinstance(schema, type) and issubclass(schema, base)):
         raise ConfigError(

@@ -47,9 +47,9 @@ def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
     reward = identity(cfg.reward, training=True)
     if "encoder" in reward:
         reward["encoder"] = priors.encoder_identity(reward["encoder"])
-    own = {name: digest for name, digest in own_modules(cfg).items() if name.startswith("rlhf_cli.rewards.")}
+    own = own_modules(cfg).get("reward")
     what = {**sft_identity(cfg), "dataset": _dataset(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
-    return {**what, **({"own": own} if own else {})}
+    return {**what, **({"own_module": own} if own else {})}
 
 
 def sft_policy(cfg: CommandConfig, log: Log | None = None) -> Path:

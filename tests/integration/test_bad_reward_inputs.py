@@ -146,10 +146,10 @@ def test_a_reward_model_is_no_policy(rlhf: Rlhf, tmp_path: Path, store: Path) ->
 
 @pytest.mark.parametrize("command", ["train-rm", "align", "evaluate"])
 def test_too_few_responses_to_fit_a_calibration(rlhf: Rlhf, trained: list[str], command: str) -> None:
-    # 18 pairs: 9 of them fit it, which are 18 responses.
+    # 18 pairs of four wordings: two of each wording fit it, which are 16 responses.
     common = [command, *SMALL, *SURVEY, *PLACES, "dataset.heldout_pairs=18"]
     line = refused(rlhf(*common, "reward.calibration=length"))
-    assert "18 held-out responses are too few to fit reward.calibration=length. it takes 20" in line
+    assert "16 held-out responses are too few to fit reward.calibration=length. it takes 20" in line
     assert trained == []
     nothing_is_left()
 

@@ -418,6 +418,16 @@ def test_a_reward_is_one_yaml_and_one_module(own: Path) -> None:
         compose.load("train-rm", ["reward=own_typo"], own)
 
 
+def test_a_variant_of_a_loss_is_one_yaml(own: Path) -> None:
+    write(own / "reward/pcrm_length_mine.yaml", "defaults: [pcrm_length]\nname: pcrm_length_mine\nbeta3: -4.0\n")
+    reward = compose.load("train-rm", ["reward=pcrm_length_mine", "reward.beta1=12"], own).reward
+    assert type(reward).__name__ == "LengthConfig"
+    assert (reward.beta1, reward.beta3) == (12.0, -4.0)
+    write(own / "reward/pcrm_other.yaml", "defaults: [pcrm_length]\nname: pcrm_other\n")
+    with pytest.raises(ConfigError, match=r"'pcrm_other' has no Config\(TrainedRewardConfig\) class"):
+        compose.load("train-rm", ["reward=pcrm_other"], own)
+
+
 def test_reward_without_module_or_config(own: Path) -> None:
     write(own / "reward/own_none.yaml", "name: own_none\nclip: 5.0\n")
     with pytest.raises(ConfigError, match=r"'own_none' has no module rlhf_cli/rewards/own_none\.py"):
