@@ -88,6 +88,24 @@ def test_all_commands(rlhf: Rlhf, dataset: list[str]) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_prior_constraints_on_text(rlhf: Rlhf, dataset: list[str]) -> None:
+    def run(command: str, name: str, *overrides: str) -> dict[str, Any]:
+        result = rlhf(command, *SMALL, *dataset, *overrides, f"run_dir={name}", "store_dir=store")
+        assert result.exit_code == 0, result.output
+        return finite(name)
+
+    judged = run("train-rm", "rm", "reward=pcrm_cosine")
+    assert judged["rm/bound/mean"] >= 20 / 1.001 - 15  # that of equal embeddings, the least there is
+    assert judged["rm/bound/half"] == judged["rm/bound/mean"] / 2
+    assert "rm/gold_tv" not in judged
+    assert len(list(Path("store/similarity").iterdir())) == 2, "training and held-out pairs, embedded once"
+    aligned = run("align", "pm", "algo=pm", "reward=pcrm_length")
+    assert 0 < aligned["pm/pair_tv"] < 1
+    assert len(list(Path("store/rm").iterdir())) == 2
+    run("align", "rpo", "algo=rpo", "algo/constraint=length", "reward=pcrm_length")
+    assert len(list(Path("store/rm").iterdir())) == 2
+
+
 def test_data_counts_the_rows(rlhf: Rlhf, dataset: list[str]) -> None:
     result = rlhf("data", *dataset)
     assert result.exit_code == 0, result.output
