@@ -55,3 +55,11 @@ def test_members_of_one_run_have_seeds_of_their_own() -> None:
     seeds = {member_seed(seed, member) for seed in (0, 1) for member in range(4)}
     assert len(seeds) == 8
     assert member_seed(1, 2) == member_seed(1, 2)
+
+
+def test_even_the_world_s_own_reward_is_right_on_72_to_74_percent() -> None:
+    # docs/reward_models.md: the ceiling of accuracy
+    for seed in range(3):
+        data = load(load_config("train-rm", [f"dataset.seed={seed}"]).dataset)
+        assert data.gold is not None
+        assert 0.72 <= round(right(data.heldout_pairs, data.gold), 2) <= 0.74

@@ -174,3 +174,13 @@ def test_wrong_shapes_and_counts_are_refused() -> None:
         reliability(np.ones(1), np.ones(1), bins=0)
     with pytest.raises(ValueError, match="rests on no pair"):
         binomial_interval(np.ones(1), np.zeros(1))
+
+
+@pytest.mark.parametrize(("pairs", "floor"), [(44, 0.15), (200, 0.07), (1000, 0.03)])
+def test_even_a_calibrated_model_shows_some_ece_on_few_pairs(pairs: int, floor: float) -> None:
+    # docs/reward_models.md: the floor of ECE; margins as wide as the survey world's
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        p = sigmoid(rng.normal(scale=1.3, size=pairs))
+        found.append(expected_calibration_error(p, (rng.random(pairs) < p).astype(float)))
+    assert np.mean(found) == pytest.approx(floor, abs=0.012)
