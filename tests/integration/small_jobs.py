@@ -94,3 +94,13 @@ def nothing_half_trained(store: Path) -> None:
     begun = [path for path in store.rglob("*") if path.is_file() and path.suffix != ".lock"]
     assert begun == []
     assert not list(store.glob(".work/*"))
+
+
+def spoil_scores(store: Path) -> None:
+    """Make every reward model in a store score NaN."""
+    from safetensors.torch import load_file, save_file
+
+    for path in (store / "rm").glob("*/model/model.safetensors"):
+        tensors = load_file(path)
+        tensors["score.weight"].fill_(float("nan"))
+        save_file(tensors, path, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_jobs import SMALL, SURVEY, files, job, nothing_half_trained, read_json, refused, write_lines
+from small_jobs import SMALL, SURVEY, files, job, nothing_half_trained, read_json, refused, spoil_scores, write_lines
 from typer.testing import Result
 
 Rlhf = Callable[..., Result]
@@ -127,14 +127,8 @@ def test_a_gpu_that_is_not_there(align: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize("command", ["align", "evaluate"])
 def test_a_reward_model_whose_rewards_are_not_finite(rlhf: Rlhf, tmp_path: Path, store: Path, command: str) -> None:
-    from safetensors.torch import load_file, save_file
-
     job("train-rm", run_dir=tmp_path / "rm", store=store)
-    spoilt = shutil.copytree(store, tmp_path / "store")
-    for path in (spoilt / "rm").glob("*/model/model.safetensors"):
-        tensors = load_file(path)
-        tensors["score.weight"].fill_(float("nan"))
-        save_file(tensors, path, metadata={"format": "pt"})
+    spoil_scores(shutil.copytree(store, tmp_path / "store"))
     line = refused(rlhf(command, *SMALL, *SURVEY, "run_dir=run", "store_dir=store"))
     assert re.search(r"(\d+) of \1 rewards are not finite", line)
     assert not Path("run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_jobs import SMALL, SURVEY, files, job, nothing_half_trained, refused, write_lines
+from small_jobs import SMALL, SURVEY, files, job, nothing_half_trained, refused, spoil_scores, write_lines
 from typer.testing import Result
 
 Rlhf = Callable[..., Result]
@@ -98,14 +98,8 @@ def test_an_encoder_of_a_constraint_that_is_not_there(rlhf: Rlhf, trained: list[
 
 @pytest.mark.parametrize("overrides", [[], ["reward.calibration=length"]])
 def test_scores_that_are_not_finite(rlhf: Rlhf, tmp_path: Path, store: Path, overrides: list[str]) -> None:
-    from safetensors.torch import load_file, save_file
-
     job("train-rm", run_dir=tmp_path / "rm", store=store)
-    spoilt = shutil.copytree(store, tmp_path / "store")
-    for path in (spoilt / "rm").glob("*/model/model.safetensors"):
-        tensors = load_file(path)
-        tensors["score.weight"].fill_(float("nan"))
-        save_file(tensors, path, metadata={"format": "pt"})
+    spoil_scores(shutil.copytree(store, tmp_path / "store"))
     line = refused(rlhf("evaluate", "stage=rm", *SMALL, *SURVEY, *PLACES, *overrides))
     assert re.search(r"(\d+) of \1 rewards are not finite", line)
     assert "train the reward model again with a lower trainer.rm.learning_rate" in line
