@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_cli"
 TIERS = (
     {"cli", "jobs"},
     {"stages"},
-    {"trainers", "measure", "data", "models", "run", "store", "tracking", "report"},
+    {"trainers", "measure", "data", "models", "run", "store", "tracking", "wandb_run", "report"},
     {"algos", "rewards", "metrics"},
     {"config"},
     {"errors"},
@@ -29,8 +29,10 @@ SIDEWAYS = {
     ("trainers", "run"),
     ("measure", "models"),
     ("measure", "data"),
+    ("measure", "store"),
     ("run", "store"),
     ("run", "tracking"),
+    ("tracking", "wandb_run"),
     ("rewards", "algos"),
     ("metrics", "algos"),
 }
@@ -38,7 +40,7 @@ SIDEWAYS = {
 BY_NAME = {("jobs", "stages"), ("config", "algos"), ("config", "rewards")}
 
 PURE = {"algos", "rewards", "metrics"}
-PURE_LIBRARIES = {"torch", "numpy"}
+PURE_LIBRARIES = {"torch", "numpy", "scipy"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "gzip", "pickle", "sqlite3", "subprocess", "socket"}
 FILE_MODULES |= {"urllib", "http"}
 FILE_CALLS = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}

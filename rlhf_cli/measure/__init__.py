@@ -1,1 +1,1 @@
-"""Measuring a policy: exactly on enumerable prompts (exact.py), from samples on free text (sampled.py)."""
+"""Measuring a policy: exactly on enumerable prompts, from samples, on candidate pools and on preference pairs."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_cli.algos.base import Algorithm, masked_sum
 from rlhf_cli.config.schema import AlgoConfig
 from rlhf_cli.data.rows import Question
+from rlhf_cli.metrics.glossary import describe
 from rlhf_cli.metrics.optimum import optimum
 from rlhf_cli.metrics.preference import forward_kl, preference_distribution, preference_metrics, total_variation
 from rlhf_cli.models.logps import Reading, frozen_token_logps
@@ -18,7 +19,15 @@ from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.reward import Reward
 from rlhf_cli.models.tokens import TokenBatch, collate
 
-GOLD_KEYS = ("tv", "kl_rm_policy", "kl_policy_rm", "minority_mass", "minority_mass_target", "divergence")
+GOLD_KEYS = (
+    "tv",
+    "kl_rm_policy",
+    "kl_policy_rm",
+    "minority_mass",
+    "minority_mass_target",
+    "minority_coverage",
+    "divergence",
+)
 HELDOUT_KEYS = ("pm/tv", "pm/kl_rm_policy", "pm/offset_mass", "pm/minority_mass", "pm/minority_mass_target")
 
 
@@ -75,6 +84,7 @@ class ExactMeasure:
         reward_clip: bound on |reward|, or None.
         algorithm, algo: whose optimum `optimum/…` is; pairwise algorithms are measured against the gold reward's.
         temperature, tree: how log-probs are read.
+        gold_offset: gold reward of anything that is no answer, nats; None where gold is not known.
     """
 
     def __init__(
@@ -88,8 +98,9 @@ class ExactMeasure:
         algo: AlgoConfig,
         temperature: float,
         tree: PrefixTree | None,
+        gold_offset: float | None = None,
     ) -> None:
-        self.enumeration, self.beta = enumeration, algo.beta
+        self.enumeration, self.beta, self.gold_offset = enumeration, algo.beta, gold_offset
         self.reading: Reading = {"temperature": temperature, "tree": tree}
         mask = enumeration.mask
         scores = reward(enumeration.prompt_ids, enumeration.response_ids)
@@ -142,6 +153,9 @@ class ExactMeasure:
         if self.people is not None:
             metrics = preference_metrics(self.people, self.people.masked_fill(~mask, 0.0), logps, mask)
             found |= {f"gold/{k}": metrics[k] for k in GOLD_KEYS}
+            if self.gold_offset is not None:  # of an answer: the log of its share
+                on_set = (logps.exp() * self.people).masked_fill(~mask | logps.isneginf(), 0.0).sum(-1)
+                found["gold/reward"] = on_set + metrics["offset_mass"] * self.gold_offset
         if self.optimum is not None:
             found["optimum/tv"] = total_variation(self.optimum, logps, mask)
             found["optimum/kl"] = forward_kl(self.optimum, logps, mask)
@@ -181,14 +195,19 @@ class ExactMeasure:
 def summarise(per_prompt: dict[str, Tensor], trained: Tensor) -> dict[str, float]:
     """Return means and worst cases over the trained prompts, and means over the held-out ones.
 
+    `_max` is the worst prompt, so only what is better the lower has one. A prompt without a rank correlation is left
+    out of its mean, and a mean without prompts has no key; NaN in anything else is a fault and stays to be seen.
+
     Args:
         per_prompt: {key: (P,)}.
         trained: bool, True for a prompt whose wording was trained on, (P,).
     """
     found: dict[str, float] = {}
     for key, values in per_prompt.items():
-        found[key] = float(values[trained].mean())
-        if "minority_mass" not in key:  # neither end of it is worse in itself
+        kept = trained & ~values.isnan() if key.endswith("/rank_correlation") else trained
+        if bool(kept.any()):
+            found[key] = float(values[kept].mean())
+        if describe(key).better == "lower":
             found[f"{key}_max"] = float(values[trained].max())
         if key in HELDOUT_KEYS and not bool(trained.all()):
             found[f"heldout/{key}"] = float(values[~trained].mean())

@@ -1,9 +1,12 @@
-"""Metrics from samples of a policy, with bootstrap intervals over prompts (docs/paper_index.md)."""
+"""Drawing from a policy, and reading policies and rewards on responses, in batches that fit and are kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,60 +14,150 @@ from torch import Tensor
 
 from rlhf_cli.algos.base import Algorithm, masked_sum
 from rlhf_cli.config.schema import AlgoConfig
+from rlhf_cli.measure.memo import Memo, Row, token_hash
+from rlhf_cli.measure.samples import Samples, Sampling, sample_metrics
 from rlhf_cli.metrics.bootstrap import interval
 from rlhf_cli.models import logps
-from rlhf_cli.models.prefix_tree import PrefixTree
+from rlhf_cli.models.batches import by_length, in_batches, rows_that_fit
 from rlhf_cli.models.reward import Reward
 from rlhf_cli.models.sampling import sample
 from rlhf_cli.models.tokens import TokenBatch, collate
 
+T = TypeVar("T")
+Ids = Sequence[list[int]]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a policy is sampled and read for its metrics: always from its full distribution.
-
-    Args:
-        max_new_tokens: responses are cut here.
-        temperature: of sampling and log-probs.
-        tree: closed vocabulary, or None.
-        eos_ids, pad_id: tokens.
-        device: cpu or cuda.
-        micro_batch: sequences per forward.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    tree: PrefixTree | None
-    eos_ids: list[int]
-    pad_id: int
-    device: str
-    micro_batch: int = 128
+DRAWN = 128  # sequences drawn at a time; with the seed it decides which samples there are
+SCORED = 256  # responses scored at a time
 
 
-def draw(policy: Any, prompts: list[list[int]], how: Sampling, seed: int) -> list[list[int]]:
+def draw(policy: Any, prompts: Ids, how: Sampling, seed: int) -> list[list[int]]:
     """Return one response of `policy` for each prompt; the global random state is left as it was."""
-    was_training = policy.training
-    policy.eval()
     responses: list[list[int]] = []
-    with torch.random.fork_rng():  # the GPU's state too
+    with evaluating(policy), torch.random.fork_rng():  # the GPU's state too
         torch.manual_seed(seed)
         for start in range(0, len(prompts), how.micro_batch):
             responses += sample(
                 policy,
                 prompts[start : start + how.micro_batch],
                 max_new_tokens=how.max_new_tokens,
-                temperature=how.temperature,
-                top_p=1.0,
+                temperature=how.temperature * how.sample_temperature,
+                top_p=how.top_p,
                 eos_ids=how.eos_ids,
                 pad_id=how.pad_id,
                 tree=how.tree,
             )
-    policy.train(was_training)
     return responses
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def read_samples(
+    policy: Any,
+    reference: Any,
+    prompts: list[list[int]],
+    samples: int,
+    how: Sampling,
+    memo: Memo,
+    identity: dict[str, Any],
+    seed: int,
+) -> Samples:
+    """Return `samples` responses of `policy` to each prompt, as policy and reference read them.
+
+    They are drawn in pieces of whole prompts, each from a seed of its own, so that they depend neither on what the
+    memory holds at a time nor on an interruption; only where a piece does not fit the GPU, its halves have other seeds.
+
+    Args:
+        policy, reference: causal language models.
+        prompts: token ids, P lists.
+        samples: S, responses per prompt.
+        how: how they are drawn and read.
+        memo: keeps them.
+        identity: what policy and reference are; prompts, `how` and seed are added.
+        seed: of the draws.
+    """
+    order = [prompt * samples + n for prompt in by_length([len(ids) for ids in prompts]) for n in range(samples)]
+    piece = max(1, DRAWN // samples) * samples
+    number = {index: place // piece for place, index in enumerate(order)}
+
+    def compute(indices: list[int]) -> list[Row]:
+        asked = [prompts[index // samples] for index in indices]
+
+        def drawn(part: list[int]) -> list[list[int]]:
+            own = np.random.SeedSequence([seed, number[indices[0]], part[0]]).generate_state(1)
+            return draw(policy, [asked[i] for i in part], replace(how, micro_batch=len(part)), int(own[0]))
+
+        responses = in_batches(range(len(indices)), drawn, DRAWN)
+        rows = _read_both(policy, reference, asked, responses, how)
+        return [{"response": np.array(ids), **row} for ids, row in zip(responses, rows, strict=True)]
+
+    drawing = {"max_new_tokens": how.max_new_tokens, "eos_ids": how.eos_ids, "top_p": how.top_p}
+    drawing |= {"sample_temperature": how.sample_temperature, "samples": samples, "seed": seed}
+    what = {**identity, **_reading_identity(how), **drawing, "tokens": token_hash(prompts)}
+    rows = memo.rows("samples", what, len(order), compute, order=order, piece=piece, label="samples")
+    return _samples(prompts, samples, [row["response"].tolist() for row in rows], rows)
+
+
+def score(reward: Reward, prompts: Ids, responses: Ids, memo: Memo, identity: dict[str, Any], label: str) -> Tensor:
+    """Return the rewards of the responses, before clipping, nats, on the CPU, (N,).
+
+    Args:
+        reward: what scores them.
+        prompts, responses: token ids, N lists each.
+        memo: keeps them.
+        identity: what the reward is; prompts and responses are added.
+        label: what the progress bar counts.
+    """
+
+    def scored(part: list[int]) -> list[np.ndarray]:
+        return list(reward([prompts[i] for i in part], [responses[i] for i in part]).float().cpu().numpy())
+
+    def compute(indices: list[int]) -> list[Row]:
+        return [{"reward": value} for value in in_batches(indices, scored, SCORED)]
+
+    order = _longest_first(prompts, responses)
+    what = {**identity, "tokens": token_hash(prompts, responses)}
+    rows = memo.rows("scores", what, len(prompts), compute, order=order, piece=SCORED, label=label)
+    return torch.tensor([float(row["reward"]) for row in rows])
+
+
+def read_logps(
+    model: Any, prompts: Ids, responses: Ids, how: Sampling, memo: Memo, identity: dict[str, Any], label: str
+) -> list[np.ndarray]:
+    """Return log pi of each token of each response, nats, N arrays.
+
+    Args:
+        model: causal language model.
+        prompts, responses: token ids, N lists each.
+        how: how log-probs are read.
+        memo: keeps them.
+        identity: what the model is; prompts, responses and the reading are added.
+        label: what the progress bar counts.
+    """
+
+    def read(batch: TokenBatch) -> list[np.ndarray]:
+        return _unpadded(logps.frozen_token_logps(model, batch, **how.reading, micro_batch=None), batch)
+
+    def compute(indices: list[int]) -> list[Row]:
+        asked, given = [prompts[i] for i in indices], [responses[i] for i in indices]
+        return [{"token_logps": row} for row in _in_batches(asked, given, how, model.config.vocab_size, read)]
+
+    order = _longest_first(prompts, responses)
+    what = {**identity, **_reading_identity(how), "tokens": token_hash(prompts, responses)}
+    rows = memo.rows("logps", what, len(prompts), compute, order=order, label=label)
+    return [row["token_logps"] for row in rows]
+
+
 class SampledMeasure:
-    """Samples `samples` responses to each prompt and measures them.
+    """Samples `samples` responses to each prompt and measures them: the curves of a run that is training.
 
     Args:
         prompts: token ids, one list a prompt.
@@ -98,106 +191,83 @@ class SampledMeasure:
 
     def clipped_rewards(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Return the rewards as training used them, on the CPU, (N,)."""
-        raw = self.reward(prompts, responses).cpu().float()
+        raw = score(self.reward, prompts, responses, Memo(None), {}, "rewards")
         return raw if self.reward_clip is None else raw.clamp(-self.reward_clip, self.reward_clip)
 
     def measure(self, policy: Any) -> tuple[dict[str, float], list[list[int]], Tensor]:
         """Return metrics with their intervals, the sampled responses, and their rewards (N,)."""
         responses = self.draw(policy, self.prompts)
         rewards = self.clipped_rewards(self.prompts, responses)
-        batch = collate(self.prompts, responses, self.sampling.pad_id, self.sampling.device)
-        read = [self._read(policy, piece) for piece in batch.slices(self.sampling.micro_batch)]
-        columns = {name: torch.cat([piece[name] for piece in read]).cpu() for name in read[0]}
-        ended = torch.tensor([ids[-1] in self.sampling.eos_ids for ids in responses], dtype=torch.float)
-        lengths = torch.tensor([len(ids) for ids in responses], dtype=torch.float)
-        found = self._divergences(rewards, columns)
-        per_token = {"kl/per_token": columns["kl"] / lengths, "entropy/per_token": columns["entropy"] / lengths}
-        means = {"reward/mean": rewards, "kl/sequence": columns["kl"], "length/mean": lengths, "eos_rate": ended}
-        for key, values in {**means, **per_token}.items():
-            found |= interval(key, self._by_prompt(values).mean(-1))
-        found["reward/std"] = float(rewards.std())
-        return found, responses, rewards
+        rows = _read_both(policy, self.reference, self.prompts, responses, self.sampling)
+        samples = _samples(self.prompts[:: self.samples], self.samples, responses, rows)
+        return self.metrics(samples, rewards), responses, rewards
 
-    def _by_prompt(self, values: Tensor) -> np.ndarray:
-        return values.view(-1, self.samples).numpy()
+    def mean_reward(self, policy: Any, samples: int) -> dict[str, float]:
+        """Return reward/mean with its interval from the first `samples` samples of each prompt, and nothing else."""
+        prompts = [prompt for prompt in self.prompts[:: self.samples] for _ in range(samples)]
+        rewards = self.clipped_rewards(prompts, self.draw(policy, prompts))
+        return interval("reward/mean", rewards.view(-1, samples).mean(-1).numpy())
 
-    @torch.no_grad()
-    def _read(self, policy: Any, piece: TokenBatch) -> dict[str, Tensor]:
-        """Return per response: log pi, summed effective reference, exact KL and entropy summed over its tokens."""
-        reading: logps.Reading = {"temperature": self.sampling.temperature, "tree": self.sampling.tree}
-        ours = logps.vocabulary_logps(policy, piece, **reading)
-        theirs = logps.vocabulary_logps(self.reference, piece, **reading)
-        reference = logps.gather_logps(theirs, piece.response_ids)
-        effective = self.algorithm.effective_reference(reference, self.algo)
-        mask = piece.response_mask
-        return {
-            "logps": masked_sum(logps.gather_logps(ours, piece.response_ids), mask),
-            "effective": masked_sum(effective, mask),
-            "kl": masked_sum(logps.kl(ours, theirs), mask),
-            "entropy": masked_sum(logps.entropy(ours), mask),
+    def metrics(self, samples: Samples, rewards: Tensor) -> dict[str, float]:
+        """Return the metrics of samples that were drawn as this measure draws, with rewards as training used them."""
+        return sample_metrics(samples, rewards, algorithm=self.algorithm, algo=self.algo, how=self.sampling)
+
+
+def _samples(prompts: list[list[int]], per_prompt: int, responses: list[list[int]], rows: list[Row]) -> Samples:
+    columns = {name: torch.tensor([float(row[name]) for row in rows]) for name in ("logps", "kl", "entropy")}
+    return Samples(prompts, per_prompt, responses, columns, [row["ref_token_logps"] for row in rows])
+
+
+def _read_both(policy: Any, reference: Any, prompts: Ids, responses: Ids, how: Sampling) -> list[Row]:
+    """Return per response: log pi, exact KL and entropy summed over its tokens, log pi_ref of each token."""
+
+    def read(batch: TokenBatch) -> list[Row]:
+        ours = logps.vocabulary_logps(policy, batch, **how.reading)
+        theirs = ours if reference is policy else logps.vocabulary_logps(reference, batch, **how.reading)
+        tokens = {
+            "logps": logps.gather_logps(ours, batch.response_ids),
+            "kl": logps.kl(ours, theirs),
+            "entropy": logps.entropy(ours),
         }
+        sums = {name: masked_sum(values, batch.response_mask).cpu().numpy() for name, values in tokens.items()}
+        reference_logps = _unpadded(logps.gather_logps(theirs, batch.response_ids), batch)
+        return [
+            {**{name: values[i] for name, values in sums.items()}, "ref_token_logps": row}
+            for i, row in enumerate(reference_logps)
+        ]
 
-    def _divergences(self, rewards: Tensor, columns: dict[str, Tensor]) -> dict[str, float]:
-        """Return E ((r1 - r2) - (s1 - s2))^2 over pairs of samples of one prompt, plain, tempered and conditional."""
-        beta = self.algo.beta
-        gaps = {
-            "pm/divergence": rewards - columns["logps"],
-            "pm_beta/divergence": rewards / beta - columns["logps"],
-        }
-        if self.algorithm.has_optimum:
-            gaps["optimum/divergence"] = rewards / beta - (columns["logps"] - columns["effective"])
-        found: dict[str, float] = {}
-        for key, gap in gaps.items():
-            found |= interval(key, 2 * self._by_prompt(gap).var(-1, ddof=1))  # unbiased for E (g1 - g2)^2
-        return found
+    with torch.no_grad(), evaluating(policy), evaluating(reference):
+        return _in_batches(prompts, responses, how, policy.config.vocab_size, read)
 
 
-class PairMeasure:
-    """`pm/pair_tv` on held-out preference pairs: mean |sigmoid(r_w - r_l) - sigmoid(log pi_w - log pi_l)|.
+def _in_batches(
+    prompts: Ids, responses: Ids, how: Sampling, vocab_size: int, read: Callable[[TokenBatch], list[T]]
+) -> list[T]:
+    """Return what `read` returns for each sequence; those of about one length are read together."""
 
-    Args:
-        pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}.
-        reference, reward, reward_clip: as in training.
-        sampling: how log-probs are read.
-    """
+    def batch(part: list[int]) -> list[T]:
+        asked, given = [prompts[i] for i in part], [responses[i] for i in part]
+        return read(collate(asked, given, how.pad_id, how.device))
 
-    def __init__(
-        self, pairs: list, reference: Any, reward: Reward, *, reward_clip: float | None, sampling: Sampling
-    ) -> None:
-        prompts = [pair["prompt_ids"] for pair in pairs] * 2
-        responses = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        self.batch = collate(prompts, responses, sampling.pad_id, sampling.device)
-        self.sampling = sampling
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for row, pair in enumerate(pairs):
-            rows.setdefault(tuple(pair["prompt_ids"]), []).append(row)
-        self.rows_by_prompt = list(rows.values())
-        scores = torch.cat([reward(prompts[i : i + 256], responses[i : i + 256]) for i in range(0, len(prompts), 256)])
-        clipped = scores if reward_clip is None else scores.clamp(-reward_clip, reward_clip)
-        self.preference = _first_wins(clipped.float())
-        self.reference_logps = self._logps(reference)
-
-    def _logps(self, policy: Any) -> Tensor:
-        how = self.sampling
-        return logps.frozen_token_logps(
-            policy, self.batch, temperature=how.temperature, tree=how.tree, micro_batch=how.micro_batch
-        ).sum(-1)
-
-    def metrics(self, policy: Any) -> dict[str, float]:
-        """Return pm/pair_tv with its interval; of the chosen responses perplexity, log-prob and its change."""
-        ours = self._logps(policy)
-        gaps = (self.preference - _first_wins(ours)).abs().cpu()
-        by_prompt = [float(gaps[rows].mean()) for rows in self.rows_by_prompt]
-        chosen, before = ours.chunk(2)[0], self.reference_logps.chunk(2)[0]
-        tokens = self.batch.response_mask.chunk(2)[0].sum()
-        return {
-            **interval("pm/pair_tv", np.array(by_prompt)),
-            "perplexity/chosen": float((-chosen.sum() / tokens).clamp(max=80).exp()),
-            "chosen_logps": float(chosen.mean()),
-            "chosen_logps_change": float((chosen - before).mean()),
-        }
+    order = _longest_first(prompts, responses)
+    width = max(map(len, prompts)) + max(map(len, responses))
+    found = in_batches(order, batch, min(how.micro_batch, rows_that_fit(width, vocab_size, how.device)))
+    rows = dict(zip(order, found, strict=True))
+    return [rows[i] for i in range(len(order))]
 
 
-def _first_wins(values: Tensor) -> Tensor:
-    first, second = values.chunk(2)
-    return torch.sigmoid(first - second)
+def _longest_first(prompts: Ids, responses: Ids) -> list[int]:
+    return by_length([len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)])
+
+
+def _unpadded(values: Tensor, batch: TokenBatch) -> list[np.ndarray]:
+    """Return values of the response tokens (B, T) without the padding, an array a response."""
+    lengths = batch.response_mask.sum(-1).tolist()
+    return [row[:length].copy() for row, length in zip(values.cpu().numpy(), lengths, strict=True)]
+
+
+def _reading_identity(how: Sampling) -> dict[str, Any]:
+    if how.tree is None:
+        return {"temperature": how.temperature, "tree": None}
+    tables = [table.cpu().numpy().tobytes() for table in (how.tree.next, how.tree.allowed)]
+    return {"temperature": how.temperature, "tree": sha256(b"".join(tables)).hexdigest()}

@@ -46,9 +46,46 @@ def reverse_kl(target_logps: Tensor, policy_logps: Tensor, mask: Tensor) -> Tens
 def minority_mass(target_logps: Tensor, policy_logps: Tensor, mask: Tensor) -> Tensor:
     """Return the mass pi gives to all responses but q's most likely one, in [0, 1], (P,)."""
     require_same_shape(target_logps=target_logps, policy_logps=policy_logps, mask=mask)
+    return policy_logps.exp().masked_fill(~_minority(target_logps, mask), 0.0).sum(-1)
+
+
+def minority_coverage(target_logps: Tensor, policy_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return sum min(pi, q) / sum q over all responses but q's most likely one, in [0, 1], (P,).
+
+    How much of the minorities' mass pi keeps: 1 where pi gives each its due, 0 where it gives them none. Mass that pi
+    gives one of them beyond its due does not make up for another. 1 where q has no minority mass.
+    """
+    require_same_shape(target_logps=target_logps, policy_logps=policy_logps, mask=mask)
+    others = ~_minority(target_logps, mask)
+    due = target_logps.exp().masked_fill(others, 0.0)
+    kept = torch.minimum(policy_logps, target_logps).exp().masked_fill(others, 0.0)
+    total = due.sum(-1)
+    return torch.where(total > 0, kept.sum(-1) / total, 1.0)
+
+
+def _minority(target_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return True for every response but q's most likely one, the first of several, (P, A)."""
     majority = target_logps.masked_fill(~mask.bool(), -torch.inf).argmax(-1, keepdim=True)
-    minority = mask.bool().scatter(-1, majority, False)
-    return policy_logps.exp().masked_fill(~minority, 0.0).sum(-1)
+    return mask.bool().scatter(-1, majority, False)
+
+
+def rank_correlation(rewards: Tensor, policy_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return Spearman's rank correlation of r and log pi over the responses of each prompt, in [-1, 1], (P,).
+
+    Pearson's correlation of the ranks, the mean rank for ties. NaN where there are fewer than two responses, or where
+    all of them tie in r or in log pi: it is not defined there.
+    """
+    require_same_shape(rewards=rewards, policy_logps=policy_logps, mask=mask)
+    x, y = (_centred_ranks(values, mask.bool()) for values in (rewards, policy_logps))
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+
+
+def _centred_ranks(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the ranks of each prompt's responses minus their mean, multiples of 1/2, (P, A); 0 where masked."""
+    column, row = values.unsqueeze(-1), values.unsqueeze(-2)
+    places = (row < column).double() - (row > column).double()  # below minus above: twice the centred rank
+    centred = places.masked_fill(~mask.unsqueeze(-2), 0.0).sum(-1) / 2
+    return centred.masked_fill(values.isnan(), torch.nan).masked_fill(~mask, 0.0)
 
 
 def divergence(rewards: Tensor, policy_logps: Tensor, mask: Tensor) -> Tensor:
@@ -77,6 +114,8 @@ def preference_metrics(target_logps: Tensor, rewards: Tensor, policy_logps: Tens
         "kl_policy_rm": reverse_kl(target_logps, policy_logps, mask),
         "minority_mass": minority_mass(target_logps, policy_logps, mask),
         "minority_mass_target": minority_mass(target_logps, target_logps, mask),
+        "minority_coverage": minority_coverage(target_logps, policy_logps, mask),
+        "rank_correlation": rank_correlation(rewards, policy_logps, mask),
         "offset_mass": offset_mass(policy_logps, mask),
         "divergence": divergence(rewards, policy_logps, mask),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,22 +60,32 @@ def load_policy(path: Path | str, device: str = "cpu") -> Any:
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="float32")
-    except (OSError, ValueError) as error:
-        raise RunError(f"no policy could be opened in {path}", str(error).splitlines()[0]) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunError(f"no policy could be opened in {path}", reason) from error
     return cast(Any, model).to(device)
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path | str, *, training: bool = True) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `path`, with a padding token that differs from end-of-sequence.
 
+    Args:
+        path: model folder.
+        training: False where models are only read: padding is masked there, and any token will do for it.
+
     Raises:
-        RunError: the folder holds no tokenizer that transformers can open, or padding is missing or end-of-sequence.
+        RunError: the folder holds no tokenizer that transformers can open, it has no end-of-sequence, or padding is
+            missing or end-of-sequence while training.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RunError(f"no tokenizer could be opened in {path}", str(error).splitlines()[0]) from error
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    if tokenizer.eos_token_id is None:
+        raise RunError(f"the tokenizer in {path} has no end-of-sequence token", "every response ends with it")
+    if not training:
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise RunError(
             f"the tokenizer in {path} has pad_token={tokenizer.pad_token!r} and eos_token={tokenizer.eos_token!r}",
             "a model never learns to stop if padding is end-of-sequence, and rewards are read at the wrong token",

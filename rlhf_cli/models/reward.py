@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -27,8 +28,25 @@ def new_reward_model(policy_path: Path | str, *, init_std: float) -> Any:
 
 
 def load_reward_model(path: Path | str, device: str = "cpu") -> Any:
-    """Return the reward model in `path`."""
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32").to(device)
+    """Return the reward model in `path`.
+
+    Raises:
+        RunError: the folder holds no sequence classifier with one output, read at one token (`score`).
+    """
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if "mismatched" in reason:
+            reason = "its head has more than one output"
+        raise RunError(f"no reward model could be opened in {path}", reason) from error
+    if not hasattr(model, "score"):
+        raise RunError(
+            f"the reward model in {path} is a {type(model).__name__}",
+            "rewards are read at the last token of a causal body, by a head named score",
+            "give one with the body of a language model, such as OPT, Llama or Qwen",
+        )
+    return model.to(device)
 
 
 def save_centre(path: Path, centre: float) -> None:
@@ -37,8 +55,17 @@ def save_centre(path: Path, centre: float) -> None:
 
 
 def load_centre(path: Path) -> float:
-    """Return what `save_centre` stored."""
-    return float(json.loads((path / CENTRE_FILE).read_text(encoding="utf-8"))["chosen_mean_score"])
+    """Return what `save_centre` stored.
+
+    Raises:
+        RunError: the file holds something else.
+    """
+    try:
+        return float(json.loads((path / CENTRE_FILE).read_text(encoding="utf-8"))["chosen_mean_score"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path / CENTRE_FILE} is damaged", 'it should hold {"chosen_mean_score": NUMBER}', "delete it"
+        ) from error
 
 
 def token_values(model: Any, batch: TokenBatch) -> Tensor:
@@ -93,21 +120,23 @@ class ModelReward:
     Token ids are scored as sampled, end-of-sequence included: text would lose it, and with it the score.
 
     Args:
-        path: model folder with reward.json.
+        path: model folder, with reward.json if it was trained here.
         pad_id: padding token.
         device: cpu or cuda.
         calibration: "length" takes out what length explains (calibration.py); "none" reads the score as it is.
         micro_batch: sequences per forward.
 
     Raises:
-        RunError: calibration is "length" and the folder holds none.
+        RunError: the folder holds no such model, or calibration is "length" and it holds none.
     """
 
     def __init__(self, path: Path, pad_id: int, device: str, calibration: str = "none", micro_batch: int = 256) -> None:
         from rlhf_cli.models.policy import freeze
 
         self.model = freeze(load_reward_model(path, device))
-        self.centre, self.pad_id, self.device, self.micro_batch = load_centre(path), pad_id, device, micro_batch
+        self.centre = load_centre(path) if (path / CENTRE_FILE).is_file() else 0.0  # a foreign model: see centred()
+        self.positions = getattr(self.model.config, "max_position_embeddings", None)
+        self.path, self.pad_id, self.device, self.micro_batch = path, pad_id, device, micro_batch
         self.calibration = LengthCalibration.load(path / CALIBRATION_FILE) if calibration == "length" else None
 
     def calibrated(self, path: Path) -> ModelReward:
@@ -116,19 +145,58 @@ class ModelReward:
         other.calibration = LengthCalibration.load(path / CALIBRATION_FILE)
         return other
 
+    def centred(self, centre: float) -> ModelReward:
+        """Return the same model centred on another mean score of chosen responses; the weights are shared."""
+        other = copy(self)
+        other.centre = centre
+        return other
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """Return the centred rewards, (B,).
 
         Raises:
-            RunError: a reward is not finite.
+            RunError: a reward is not finite, or a prompt with its response is longer than the model can read.
         """
+        self._require_positions(prompts, responses)
         batch = collate(prompts, responses, self.pad_id, self.device)
         scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(self.micro_batch)])
         rewards = require_finite(scores - self.centre)
         if self.calibration is None:
             return rewards
         return rewards - self.calibration.offset(batch.response_mask.sum(-1).to(rewards.dtype))
+
+    def _require_positions(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> None:
+        longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+        if self.positions is not None and longest > self.positions:
+            raise RunError(
+                f"the reward model in {self.path} reads {self.positions} tokens at most",
+                f"a prompt with its response has {longest} of its tokens",
+                "lower dataset.max_prompt_tokens or dataset.max_completion_tokens",
+            )
+
+
+class RetokenizedReward:
+    """A reward model with a tokenizer of its own: responses are decoded and encoded again, end-of-sequence put back.
+
+    Args:
+        reward: reads its own token ids.
+        decode: policy ids of (prompt, response) -> their texts, and whether the response had ended.
+        encode: texts of (prompt, response) and whether it had ended -> the reward model's ids.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        decode: Callable[[Sequence[int], Sequence[int]], tuple[str, str, bool]],
+        encode: Callable[[str, str, bool], tuple[list[int], list[int]]],
+    ) -> None:
+        self.reward, self.decode, self.encode = reward, decode, encode
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
+        """Return the centred rewards, (B,)."""
+        encoded = [self.encode(*self.decode(*pair)) for pair in zip(prompts, responses, strict=True)]
+        return self.reward([prompt for prompt, _ in encoded], [response for _, response in encoded])
 
 
 class EnsembleReward:

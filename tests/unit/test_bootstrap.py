@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_cli.metrics.bootstrap import interval
+from rlhf_cli.metrics.bootstrap import interval, interval_of, share_interval
+from rlhf_cli.metrics.calibration import binomial_interval
 
 
 def test_the_interval_of_equal_values_is_a_point() -> None:
@@ -52,3 +53,85 @@ def test_nothing_to_average_is_refused() -> None:
     for values in ([], [np.nan, np.nan]):
         with pytest.raises(ValueError, match="pm/tv has no values: there is nothing to average"):
             interval("pm/tv", np.array(values))
+
+
+# -- statistics that are no means over prompts ------------------------------------------------------------------------
+
+
+def test_a_mean_as_a_statistic_has_the_interval_of_means() -> None:
+    values = np.random.default_rng(2).normal(size=30)
+    found = interval_of("x", lambda column: column.mean(), values)
+    assert found == pytest.approx(interval("x", values))
+    assert found["x/n"] == 30
+
+
+def test_prompts_are_drawn_whole_in_every_column() -> None:
+    # Two samples a prompt that cancel, and a second column that is twice the first: any draw keeps both.
+    first = np.array([[1.0, -1.0], [2.0, -2.0], [5.0, -5.0]])
+    seen: list[bool] = []
+
+    def slope(x: np.ndarray, y: np.ndarray) -> float:
+        seen.append(bool((x.sum(-1) == 0).all()) and x.shape == (3, 2))
+        return float((x * y).sum() / (x * x).sum())
+
+    assert interval_of("x", slope, first, 2 * first) == {"x": 2.0, "x/lo": 2.0, "x/hi": 2.0, "x/n": 3}
+    assert len(seen) == 1001
+    assert all(seen)
+
+
+def test_the_interval_of_a_standard_deviation_is_as_wide_as_theory_says() -> None:
+    # For normal values the standard deviation of s is sigma / sqrt(2 n): 1.96 / sqrt(800) on either side.
+    values = np.random.default_rng(3).normal(size=400)
+    found = interval_of("reward/std", lambda column: column.std(), values / values.std())
+    assert found["reward/std"] == pytest.approx(1.0)
+    assert (found["reward/std/hi"] - found["reward/std/lo"]) / 2 == pytest.approx(1.96 / 800**0.5, rel=0.15)
+
+
+def test_draws_without_the_statistic_are_left_out() -> None:
+    def spread(column: np.ndarray) -> float | None:
+        return None if column.min() == column.max() else 7.0
+
+    found = interval_of("x", spread, np.array([1.0, 2.0]), resamples=50)
+    assert found == {"x": 7.0, "x/lo": 7.0, "x/hi": 7.0, "x/n": 2}
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_statistic_that_is_not_defined_is_refused(nothing: float | None) -> None:
+    with pytest.raises(ValueError, match="reward/length_correlation is not defined for these prompts"):
+        interval_of("reward/length_correlation", lambda column: nothing, np.ones(4))
+
+
+def test_columns_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="x needs one row a prompt in every column: their lengths are 3, 4"):
+        interval_of("x", lambda a, b: 0.0, np.ones(3), np.ones((4, 2)))
+    for columns in ([], [np.ones((0, 2))]):
+        with pytest.raises(ValueError, match="x needs one row a prompt in every column"):
+            interval_of("x", lambda *some: 0.0, *columns)
+
+
+def test_a_share_s_interval_is_wilson_s_of_as_many_trials_as_vary_alike() -> None:
+    """p = 1/2; s^2 = 4/3 * 1/4 = 1/3 of four prompts, so p (1 - p) / (s^2 / 4) = 3 trials."""
+    found = share_interval("win", np.array([1.0, 0.0, 1.0, 0.0]))
+    low, high = binomial_interval(np.array([0.5]), np.array([3.0]))
+    assert found == {"win": 0.5, "win/lo": low[0], "win/hi": high[0], "win/n": 4}
+
+
+def test_a_share_of_1_has_an_interval_all_the_same() -> None:
+    """Wilson at s = 1: n / (n + z^2)."""
+    found = share_interval("eos_rate", np.array([1.0] * 20 + [np.nan]))
+    assert found["eos_rate/hi"] == 1
+    assert found["eos_rate/lo"] == pytest.approx(20 / (20 + 1.959964**2))
+    assert found["eos_rate/n"] == 20
+
+
+@pytest.mark.parametrize(("shares", "message"), [([np.nan], "nothing to average"), ([1.5, 1.5], "outside")])
+def test_a_share_s_interval_refuses(shares: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        share_interval("win", np.array(shares))
+
+
+def test_a_rare_event_s_interval_covers() -> None:
+    """200 prompts with 4 samples and an event in 1 of 1,000: the bootstrap of the mean covers half the time."""
+    rng = np.random.default_rng(0)
+    drawn = [share_interval("eos", rng.binomial(4, 0.999, size=200) / 4) for _ in range(400)]
+    assert np.mean([found["eos/lo"] <= 0.999 <= found["eos/hi"] for found in drawn]) > 0.9

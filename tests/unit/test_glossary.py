@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_cli.metrics.glossary import DROPPED, GLOSSARY, describe, known
+from rlhf_cli.metrics.glossary import DROPPED, GLOSSARY, PREFIXES, SUFFIXES, describe, known, rankable
 
 KEYS = """
 pm/tv pm/tv_max pm/kl_rm_policy pm/kl_policy_rm pm/minority_mass pm/minority_mass_target pm/offset_mass pm/divergence
@@ -24,6 +24,13 @@ rm/member_accuracy/max rm/member_log_loss/mean rm/member_ece/mean rm/ensemble_ac
 rm/ensemble_ece train/rm/accuracy rm/bound rm/bound_half rm/bounded_margin bound bound_half beyond_bound
 constraint_loss score/std data/dropped/no_direction data/dropped/duplicate_in_ranking
 data/dropped/too_few_responses
+reward/best_of_1 reward/best_of_2 reward/best_of_16 reward/best_of_1024 reward/length_correlation
+distinct_1 distinct_2 self_bleu repetition win_rate/rm win_rate/gold win_rate/llm
+pm/minority_coverage gold/minority_coverage pm_beta/minority_coverage pm/rank_correlation
+pool/size pool/prompts pm/pair_ece pm/pair_length_difference sampler/temperature sampler/top_p guard/crossed
+reference/reward/best_of_8 reference/distinct_2 reference/entropy/per_token reference/pm/minority_coverage
+by/bt/reward/mean by/pcrm_cosine-2.0/win_rate/rm by/0/pm/tv by/bt/pm/pair_tv by/bt/reward/best_of_4
+by/reference/pm/tv reference/by/bt/reward/mean by/bt/pm/tv_max by/bt/pm/tv/lo
 """
 
 
@@ -31,6 +38,13 @@ data/dropped/too_few_responses
 def test_every_emitted_key_is_known_and_described(key: str) -> None:
     assert known(key)
     assert describe(key).meaning
+
+
+@pytest.mark.parametrize("key", ["pm/tv", "reward/best_of_4", "by/bt/reward/mean", "reference/distinct_2"])
+def test_every_key_takes_every_prefix_and_suffix(key: str) -> None:
+    for start in ("", "by/x.y/", *PREFIXES):
+        for end in ("", *SUFFIXES, "_max/lo", "_max/n"):
+            assert known(f"{start}{key}{end}"), f"{start}{key}{end}"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +61,17 @@ def test_every_emitted_key_is_known_and_described(key: str) -> None:
         "heldout/pm/tb",
         "pm/tv/mean",
         "tv",
+        "reward/best_of_",
+        "reward/best_of_0",
+        "reward/best_of_3",
+        "reward/best_of_04",
+        "reward/best_of_two",
+        "win_rate/sft",
+        "by/pm/tv",
+        "by//pm/tv",
+        "by/a b/pm/tv",
+        "by/bt/",
+        "by/bt/pm/tb",
     ],
 )
 def test_unknown_keys_are_not_known(key: str) -> None:
@@ -58,11 +83,36 @@ def test_unknown_key_names_the_nearest_one() -> None:
         describe("pm/tvv")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("reference/pm/tvv", "reference/pm/tv"),
+        ("reference/mass_near_alfa", "reference/mass_near_alpha"),
+        ("by/bt/pm/pair_tw", "by/bt/pm/pair_tv"),
+        ("pm/kl_rmpolicy_max", "pm/kl_rm_policy_max"),
+        ("reward/best_of_5", "reward/best_of_"),
+        ("pm/minority_coverge/lo", "pm/minority_coverage/lo"),
+    ],
+)
+def test_the_nearest_key_keeps_prefixes_and_suffixes(wrong: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown metric key '{wrong}'. Did you mean '{nearest}"):
+        describe(wrong)
+
+
+def test_a_key_like_no_other_names_none() -> None:
+    with pytest.raises(ValueError, match=r"^Unknown metric key 'qqqqqqqq'\.$"):
+        describe("qqqqqqqq")
+
+
 def test_prefixes_and_suffixes_are_put_into_words() -> None:
     assert "worst prompt" in describe("pm/tv_max").meaning
     assert "no stage trained on" in describe("heldout/pm/tv").meaning
     assert "reference" in describe("reference/pm/tv").meaning
     assert describe("heldout/pm/tv").better == "lower"
+    assert describe("by/pcrm_cosine/pm/tv").meaning.endswith("(by the reward model pcrm_cosine)")
+    nested = describe("reference/by/bt/reward/best_of_8/lo").meaning
+    assert nested.startswith("Expected best reward of 8 samples")
+    assert nested.endswith("over prompts, of the reference (SFT) policy, by the reward model bt)")
 
 
 def test_a_count_has_neither_the_metric_s_unit_nor_its_direction() -> None:
@@ -91,3 +141,21 @@ def test_a_length_metric_says_which_reward_it_is_of() -> None:
 def test_a_reason_for_leaving_rows_out_is_a_clause() -> None:
     assert DROPPED["no_direction"] == "neither response is preferred (label 0.5)"
     assert [why for why in DROPPED.values() if why != why.strip() or why.endswith(".") or why[0].isupper()] == []
+
+
+def test_what_runs_can_be_ranked_by() -> None:
+    lower = "pm/tv pm/tv_max pm/kl_rm_policy optimum/tv self_bleu repetition guard/crossed pm/pair_ece by/bt/pm/tv"
+    higher = "reward/mean reward/best_of_4 win_rate/llm distinct_2 pm/minority_coverage pm/rank_correlation"
+    assert {rankable(key).better for key in lower.split()} == {"lower"}
+    assert {rankable(key).better for key in higher.split()} == {"higher"}
+
+
+@pytest.mark.parametrize("key", ["length/mean", "pm/minority_mass", "entropy/per_token", "pool/size", "pm/tv/n"])
+def test_a_metric_without_a_better_direction_ranks_nothing(key: str) -> None:
+    with pytest.raises(ValueError, match=f"Nothing can be ranked by {key}: neither a high nor a low value is better"):
+        rankable(key)
+
+
+def test_ranking_by_an_unknown_metric_names_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"Unknown metric key 'pm/tvv'. Did you mean 'pm/tv'\?"):
+        rankable("pm/tvv")

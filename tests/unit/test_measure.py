@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_cli.data.rows import Question
 from rlhf_cli.measure import exact
 from rlhf_cli.measure.exact import summarise
+from rlhf_cli.metrics.glossary import describe, known
 from rlhf_cli.metrics.optimum import closed_form
 
 Stub = Tensor  # where `frozen_token_logps` is replaced, a policy is its token log-probs, (N, T)
@@ -160,6 +161,25 @@ def test_summarise() -> None:
     assert "heldout/pm/tv" not in summarise(table, torch.ones(3).bool())
 
 
+def test_only_what_is_better_the_lower_has_a_worst_prompt_that_is_a_maximum(reference: Stub) -> None:
+    found = measure(reference, "dpo", SimpleNamespace(beta=0.5)).metrics(reference)
+    assert {"pm/minority_coverage", "gold/minority_coverage", "pm_beta/minority_coverage"} <= found.keys()
+    worst = {key.removesuffix("_max") for key in found if key.endswith("_max")}
+    assert {key for key in found.keys() & worst if describe(key).better != "lower"} == set()
+    assert {"pm/tv", "pm/offset_mass", "gold/kl_rm_policy", "optimum/kl", "pm_beta/divergence"} <= worst
+    assert all(known(key) for key in found)
+
+
+def test_prompts_without_a_rank_correlation_are_left_out_of_its_mean() -> None:
+    trained = torch.tensor([True, True, True, False])
+    table = {"pm/rank_correlation": torch.tensor([0.2, math.nan, 0.6, 0.9])}
+    assert summarise(table, trained) == pytest.approx({"pm/rank_correlation": 0.4})
+    assert summarise({"pm/rank_correlation": torch.full((4,), math.nan)}, trained) == {}
+    broken = summarise({"pm/tv": torch.tensor([0.2, math.nan, 0.6, 0.9])}, trained)
+    assert math.isnan(broken["pm/tv"])  # a fault, not a prompt without the metric
+    assert broken["heldout/pm/tv"] == pytest.approx(0.9)
+
+
 def test_a_model_is_read_as_in_training() -> None:
     policy = tiny_policy()
     found = measure(tiny_policy(1), tree=TREE).metrics(policy)
@@ -168,3 +188,18 @@ def test_a_model_is_read_as_in_training() -> None:
     hot = measure(tiny_policy(1), tree=TREE, temperature=1e6).policy_logps(policy)
     # 3 answers of the first prompt: half 8 9, half 7, which splits in two; all but equal logits
     assert hot[0].exp().tolist() == pytest.approx([0.25, 0.5, 0.25], abs=1e-3)
+
+
+def test_gold_reward_by_hand() -> None:
+    """Of an answer it is the log of its share, off the set the world's; the held-out wording does not count."""
+    found, policy = measure(tiny_policy(1), gold_offset=-5.0), tiny_policy(2)
+    shares = found.policy_logps(policy).exp()
+    expected = [
+        sum(float(shares[i, j]) * math.log(PEOPLE[i][j]) for j in range(len(PEOPLE[i])))
+        - 5 * (1 - float(shares[i].sum()))
+        for i in (0, 1)
+    ]
+    metrics = found.metrics(policy)
+    assert metrics["gold/reward"] == pytest.approx(sum(expected) / 2, abs=1e-5)
+    assert "gold/reward_max" not in metrics
+    assert "gold/reward" not in measure(tiny_policy(1)).metrics(policy)

@@ -45,9 +45,12 @@ def test_every_metric_by_hand(mask: Tensor) -> None:
         "minority_mass": [0.6, 0.5],  # without the answer that the target likes best
         "minority_mass_target": [0.4, 0.5],
         "offset_mass": [0.2, 0.25],
+        "minority_coverage": [(0.3 + 0.1) / 0.4, 1.0],
+        # Ranks of 3, 2, 1 and 1, 2.5, 2.5: deviations (1, 0, -1) and (-1, .5, .5). Two equal rewards have no ranks.
+        "rank_correlation": [-1.5 / (2 * 1.5) ** 0.5, math.nan],
     }
     for key, values in expected.items():
-        assert found[key].tolist() == pytest.approx(values), key
+        assert found[key].tolist() == pytest.approx(values, nan_ok=True), key
     targets = [[0.6, 0.3, 0.1], [0.5, 0.5]]
     by_hand = [
         sum(
@@ -126,6 +129,7 @@ def test_a_policy_off_the_set_is_as_far_as_can_be() -> None:
     assert metrics.total_variation(target, policy, MASK).tolist() == [1.0] * 3
     assert metrics.offset_mass(policy, MASK).tolist() == [1.0] * 3
     found = metrics.preference_metrics(target, target.masked_fill(~MASK, 0.0), policy, MASK)
+    assert found.pop("rank_correlation").isnan().all()  # equally unlikely answers have no ranks
     assert all(bool(values.isfinite().all()) for values in found.values())
 
 
@@ -146,8 +150,77 @@ def test_missing_answers_cannot_change_a_metric(fill: float) -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    for distance in [*DISTANCES, metrics.minority_mass]:
+    for distance in [*DISTANCES, metrics.minority_mass, metrics.minority_coverage]:
         with pytest.raises(ValueError, match=r"target_logps \(4,\), policy_logps \(3, 4\)"):
             distance(torch.zeros(4), random_policy(0), MASK)
     with pytest.raises(ValueError, match=r"rewards \(3, 4\), policy_logps \(3, 4\), mask \(4, 3\)"):
         metrics.divergence(random_policy(0), random_policy(0), MASK.T)
+    with pytest.raises(ValueError, match=r"rewards \(3, 4\), policy_logps \(3, 4\), mask \(4, 3\)"):
+        metrics.rank_correlation(random_policy(0), random_policy(0), MASK.T)
+
+
+# -- minorities --------------------------------------------------------------------------------------------------------
+
+
+@each_mask
+def test_minority_coverage_by_hand(mask: Tensor) -> None:
+    # Minorities of q: 0.3 and 0.1, of which min(0.1, 0.3) and min(0.5, 0.1) are kept; 0.5, of which 0.2 is.
+    policy = log([0.3, 0.1, 0.5], [0.7, 0.2, 0.0])
+    assert metrics.minority_coverage(TARGET, policy, mask).tolist() == pytest.approx([0.2 / 0.4, 0.2 / 0.5])
+
+
+def test_minority_coverage_is_1_for_a_match_0_after_collapse_and_1_without_minorities() -> None:
+    assert metrics.minority_coverage(TARGET, TARGET, ON).tolist() == pytest.approx([1.0, 1.0])
+    collapsed = log([1.0, 0.0, 0.0], [1.0, 0.0, 0.0])
+    assert metrics.minority_coverage(TARGET, collapsed, ON).tolist() == [0.0, 0.0]
+    assert metrics.minority_coverage(collapsed, TARGET, ON).tolist() == [1.0, 1.0]
+    alone = torch.tensor([[True, False, False], [True, True, False]])  # one answer: no minority
+    assert metrics.minority_coverage(log([1.0, 0.0, 0.0], [0.5, 0.5, 0.0]), POLICY, alone)[0].item() == 1.0
+
+
+@given(SEEDS, st.floats(0, 0.9), st.floats(0, 5))
+@settings(deadline=None, max_examples=50)
+def test_minority_coverage_lies_in_0_1_and_what_is_lost_costs_total_variation(
+    seed: int, offset: float, scale: float
+) -> None:
+    target, policy = random_policy(seed), random_policy(seed + 1, offset, scale)
+    coverage = metrics.minority_coverage(target, policy, MASK)
+    assert bool(((coverage >= 0) & (coverage <= 1)).all())
+    # TV = sum over answers of what pi lacks of q, of which the minorities' part is (1 - coverage) of their mass
+    lost = (1 - coverage) * metrics.minority_mass(target, target, MASK)
+    assert bool((lost <= metrics.total_variation(target, policy, MASK) + 1e-9).all())
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_rank_correlation_is_scipy_s_spearman(seed: int, ties: bool) -> None:
+    from scipy.stats import spearmanr
+
+    rewards, policy = 3 * random_policy(seed), random_policy(seed + 1, offset=0.1)
+    if ties:
+        rewards, policy = rewards.round(), policy.round()
+    found = metrics.rank_correlation(rewards, policy, MASK)
+    for row, (r, p, on) in enumerate(zip(rewards, policy, MASK, strict=True)):
+        varies = len(r[on].unique()) > 1 and len(p[on].unique()) > 1
+        expected = spearmanr(r[on], p[on]).statistic if varies else math.nan
+        assert found[row].item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_rank_correlation_sees_order_alone_and_is_undefined_without_one() -> None:
+    rewards = torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 0.0], [4.0, 0.0, 0.0]])
+    policy = torch.tensor([[-0.1, -math.inf, -50.0], [-1.0, -1.0, -3.0], [-1.0, -2.0, -3.0]])
+    on = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    found = metrics.rank_correlation(rewards, policy, on)
+    assert found[0].item() == pytest.approx(1.0)
+    assert found[1:].isnan().all()  # equally likely; one response alone
+    assert metrics.rank_correlation(-rewards, policy, on)[0].item() == pytest.approx(-1.0)
+
+
+def test_a_broken_log_prob_is_not_hidden_by_its_rank() -> None:
+    policy = random_policy(0)
+    policy[0, 1] = math.nan
+    found = metrics.rank_correlation(random_policy(1), policy, MASK)
+    assert found.isnan().tolist() == [True, False, False]

@@ -1,0 +1,195 @@
+"""Model folders: what tells their content apart, and how a name becomes a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from rlhf_cli.errors import RunError
+from rlhf_cli.models import folders
+from rlhf_cli.models.folders import fingerprint, has_tokenizer, is_reward_model, model_folder
+
+REWARD_MODEL = {"architectures": ["OPTForSequenceClassification"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with the files of a reward model; their content is never read as a model."""
+    made = tmp_path / "rm"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(REWARD_MODEL))
+    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "reward.json").write_text('{"chosen_mean_score": 1}')
+    (made / "length_calibration.json").write_text('{"lengths": [1], "offsets": [0]}')
+    return made
+
+
+# -- fingerprint -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "reward.json", "length_calibration.json"])
+@pytest.mark.parametrize("change", ["edit", "remove"])
+def test_a_fingerprint_changes_with_what_decides_the_output(folder: Path, name: str, change: str) -> None:
+    before = fingerprint(folder)
+    if change == "edit":
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + b"!")  # of the same size
+    else:
+        (folder / name).unlink()
+    assert fingerprint(folder) != before
+
+
+def test_a_fingerprint_is_of_every_shard_and_tells_their_names(folder: Path) -> None:
+    found = {fingerprint(folder)}
+    (folder / "model-2.safetensors").write_bytes(b"more")
+    found.add(fingerprint(folder))
+    (folder / "model-2.safetensors").rename(folder / "model-3.safetensors")
+    found.add(fingerprint(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"more")
+    found.add(fingerprint(folder))
+    assert len(found) == 4
+
+
+def test_a_fingerprint_does_not_change_with_place_and_notes(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    (copy / "README.md").write_text("notes")
+    (copy / "training_args.json").write_text("{}")
+    assert fingerprint(copy) == fingerprint(folder)
+    assert len(fingerprint(folder)) == 64
+
+
+def test_weights_are_read_once_until_they_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, read = fingerprint(folder), []
+
+    def digest(file: object, name: str) -> object:
+        read.append(Path(file.name).name)  # type: ignore[attr-defined]
+        return original(file, name)
+
+    original = folders.file_digest
+    monkeypatch.setattr(folders, "file_digest", digest)
+    assert fingerprint(folder) == first
+    assert read == []
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert fingerprint(folder) != first
+    assert read == ["model.safetensors"]
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (REWARD_MODEL, True),
+        ({"architectures": ["OPTForCausalLM"]}, False),
+        ({"architectures": None}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_a_reward_model_is_a_sequence_classifier(tmp_path: Path, config: object, found: bool) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert is_reward_model(tmp_path) is found
+
+
+def test_a_damaged_config_is_no_reward_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": [')
+    assert not is_reward_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("tokenizer.json", True), ("tokenizer_config.json", True), ("config.json", False)]
+)
+def test_a_tokenizer_is_recognised_by_its_files(tmp_path: Path, name: str, found: bool) -> None:
+    (tmp_path / name).touch()
+    assert has_tokenizer(tmp_path) is found
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Exception | None], list[str]]:
+    """Return a function that replaces the Hub: it fails with an error or has the model in tmp_path/snapshot."""
+
+    def prepare(error: Exception | None) -> list[str]:
+        asked: list[str] = []
+
+        def download(name: str, **_: object) -> str:
+            asked.append(name)
+            if error is not None:
+                raise error
+            return str(tmp_path / "snapshot")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        return asked
+
+    return prepare
+
+
+def test_a_local_folder_wins_over_the_hub(
+    hub: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = hub(None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("org/model").mkdir(parents=True)
+    assert model_folder("policy", "org/model") == Path("org/model")
+    assert model_folder("policy", str(tmp_path / "org" / "model")) == tmp_path / "org" / "model"
+    assert model_folder("policy", "~/org") == tmp_path / "org"
+    assert asked == []
+
+
+def test_a_hub_name_is_its_snapshot(hub: Callable[..., list[str]], tmp_path: Path) -> None:
+    asked = hub(None)
+    assert model_folder("policy", "facebook/opt-125m") == tmp_path / "snapshot"
+    assert asked == ["facebook/opt-125m"]
+
+
+@pytest.mark.parametrize("given", ["nowhere", "runs/typo", "runs/a/b", "./x", "/nowhere/at", "a b/c"])
+def test_a_typo_in_a_path_does_not_ask_the_hub(
+    hub: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    asked = hub(None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(RunError, match=f"^policy={given} is not a folder. give a run folder, .*or a Hub name"):
+        model_folder("policy", given)
+    assert asked == []
+
+
+class RemoteProtocolError(Exception):
+    """As of the library beneath the Hub's: a download that breaks off raises it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LocalEntryNotFoundError("nothing in the cache\nand a long story"), "nothing in the cache"),
+        (OSError("disk full"), "disk full"),
+        (ValueError(), "ValueError"),
+        (RemoteProtocolError("peer closed connection"), "peer closed connection"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_model_that_cannot_be_reached_is_one_line(
+    hub: Callable[..., list[str]], error: Exception, reason: str
+) -> None:
+    hub(error)
+    expected = f"^reference=org/model is neither a folder nor a model that can be reached. {reason}. check the name"
+    with pytest.raises(RunError, match=expected) as raised:
+        model_folder("reference", "org/model")
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_network_the_cache_is_all_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RunError, match="policy=nobody/has-this is neither a folder nor a model that can be reached"):
+        model_folder("policy", "nobody/has-this")
