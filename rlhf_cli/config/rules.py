@@ -36,6 +36,8 @@ def check_rules(command: str, cfg: Any) -> None:
     _check_dataset(cfg.dataset)
     if hasattr(cfg, "reward") and cfg.reward.name == "gold":
         _check_gold(command, cfg)
+    if getattr(cfg, "stage", "policy") == "rm":
+        _check_trust(cfg)
     if isinstance(getattr(cfg, "reward", None), Prior):
         _check_prior("reward", cfg.reward)
     if hasattr(cfg, "algo"):
@@ -44,6 +46,23 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_online(cfg.algo, cfg.trainer.online)
     if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
         _check_closed(cfg.generation)
+
+
+def _check_trust(cfg: Any) -> None:
+    """Refuse what is for policies alone where a reward model is judged."""
+    given = {
+        "reward_model=": cfg.reward_model,
+        "reference=": cfg.reference is not None,
+        f"sampler.temperature={cfg.sampler.temperature}": cfg.sampler.temperature != 1,
+        f"sampler.top_p={cfg.sampler.top_p}": cfg.sampler.top_p != 1,
+        f"judge={cfg.judge.name}": cfg.judge.name != "none",
+    }
+    for what in (name for name, found in given.items() if found):
+        raise ConfigError(
+            f"{what} does not go with stage=rm",
+            "The trust report judges the reward model of the config, or of the run that policy= names",
+            "Use policy=RUN_DIR, its run folder, or stage=policy",
+        )
 
 
 def _check_prior(key: str, prior: Prior) -> None:

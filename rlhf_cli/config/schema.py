@@ -188,6 +188,7 @@ class TextConfig(DatasetConfig):
     heldout_fraction: float = setting(gt=0, lt=1)
     eval_prompts: int = setting(ge=1)
     eval_samples: int = setting(ge=2)
+    pool_samples: int = setting(ge=0)
 
 
 @dataclass
@@ -251,6 +252,7 @@ class TrackerConfig:
     project: str = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
+    run_name: str | None = MISSING
     tags: list[str] = MISSING
 
 
@@ -289,9 +291,38 @@ class AlignConfig(TrainRmConfig):
 
 
 @dataclass
+class SamplerConfig:
+    """How `rlhf evaluate` samples, beside generation.temperature; 1 and 1 is the policy itself."""
+
+    temperature: float = setting(gt=0)
+    top_p: float = setting(gt=0, le=1)
+
+
+@dataclass
+class JudgeConfig:
+    """A language model that judges completions, behind an OpenAI-compatible endpoint; `name` none asks nobody."""
+
+    name: str = setting(choices=["none", "openai"])
+    model: str | None = setting()
+    base_url: str = setting()
+    key_env: str = setting()
+    prompts: int = setting(ge=1)
+    retries: int = setting(ge=0, identity=False)
+    timeout_seconds: float = setting(gt=0, identity=False)
+    parallel: int = setting(ge=1, identity=False)
+
+
+@dataclass
 class EvaluateConfig(AlignConfig):
-    """`rlhf evaluate`: `policy` is a run folder, a Hugging Face model folder, or null for the SFT policy."""
+    """`rlhf evaluate`: policy, reference and reward models are run folders, model folders or Hub names.
+
+    null (or no reward model) stands for those of the config.
+    """
 
     stage: str = setting(choices=["policy", "rm"])
     policy: str | None = setting()
     checkpoint: str = setting(choices=["last", "best"])
+    reference: str | None = setting()
+    reward_model: list[str] = setting()
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -87,6 +87,7 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
             has_key(values, key) and _at(values, key) == MISSING
         ):
             raise ConfigError(f"{key} has no value", todo=f"Give one: {key}=VALUE on the command line or in its yaml")
+    _make_lists(values, leaves, where)
     schema = OmegaConf.structured(command_schema)
     for name, block in blocks.items():
         group, _, inner = name.rpartition(".")
@@ -100,6 +101,24 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         check_range(key, attrgetter(key)(cfg), field.metadata, where(key))
     check_rules(catalog.command, cast(CommandConfig, cfg))
     return cast(CommandConfig, cfg)
+
+
+def _make_lists(
+    values: dict[str, Any], leaves: Mapping[str, tuple[Any, Field[Any]]], where: Callable[[str], str]
+) -> None:
+    """Turn one text into a list of it, and null into an empty list, where the schema has a list of texts.
+
+    Raises:
+        ConfigError: something in a list is no text.
+    """
+    for key in (key for key, (hint, _) in leaves.items() if get_origin(hint) is list and has_key(values, key)):
+        block, _, name = key.rpartition(".")
+        holder = _at(values, block) if block else values
+        value = holder[name]
+        if value is None or isinstance(value, str):
+            holder[name] = [] if value is None else [value]
+        elif not isinstance(value, list) or any(item is None or isinstance(item, (list, dict)) for item in value):
+            raise _type_error(key, value, leaves[key][0], where(key))
 
 
 def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:

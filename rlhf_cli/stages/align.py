@@ -12,7 +12,7 @@ from rlhf_cli.data.encode import encode_pairs, encode_prompt
 from rlhf_cli.models.policy import load_policy
 from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
 from rlhf_cli.run import seed_everything
-from rlhf_cli.stages import priors, provide
+from rlhf_cli.stages import priors, roles
 from rlhf_cli.stages.results import SHOWN, announce, measure
 from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
@@ -32,14 +32,11 @@ def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None 
 
 
 def _align(cfg: AlignConfig, session: Session) -> None:
-    sft = provide.sft_policy(cfg)
-    rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
-    work = prepare(cfg, sft, rm, provide.combined_members(cfg))
-    stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
-    announce(work, stages, session)
+    work = prepare(cfg, roles.of_config(cfg))
+    announce(work, session)
     seed_everything(cfg.seed)
-    policy = load_policy(sft / "model", work.device)
-    trainer = _trainer(work, policy, sft, rm, session.directory / "checkpoints")
+    policy = load_policy(work.roles.reference, work.device)
+    trainer = _trainer(work, policy, session.directory / "checkpoints")
     best = Best(session.directory, work)
     every = (cfg.trainer.online if work.algorithm.family == "online" else cfg.trainer.pairwise).eval_every_steps
     follow = _follow(work, policy, best)
@@ -47,7 +44,7 @@ def _align(cfg: AlignConfig, session: Session) -> None:
     fit(trainer, reporter, rewind=session.run.rewind)
     policy.save_pretrained(session.directory / "model")
     work.tokenizer.save_pretrained(session.directory / "model")
-    measure(work, policy, session, stages, best.metrics())
+    measure(work, policy, session.directory / "model", session, best.metrics())
 
 
 class Best:
@@ -88,15 +85,15 @@ def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[st
     return evaluate
 
 
-def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: Path) -> Any:
-    cfg = work.cfg
+def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
+    cfg, stages = work.cfg, work.roles.stages
     places: dict[str, Any] = {"folder": folder, "seed": cfg.seed, "device": work.device}
     if work.algorithm.family == "pairwise":
         from rlhf_cli.trainers.pairwise import pairwise_trainer
 
         block = cfg.trainer.pairwise
         pairs: list[Any] = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
-        bounds = priors.bounds(cfg.algo.constraint, work.data.policy_pairs, pairs, cfg=cfg, sft=sft)
+        bounds = priors.bounds(cfg.algo.constraint, work.data.policy_pairs, pairs, cfg=cfg, sft=stages[roles.REFERENCE])
         if bounds is not None:
             pairs = [{**pair, "bound": bound} for pair, bound in zip(pairs, bounds.tolist(), strict=True)]
         require_batch(pairs, block.batch_size, "preference pairs", "trainer.pairwise.batch_size")
@@ -113,7 +110,7 @@ def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: P
         reward=work.reward,
         reward_clip=cfg.reward.clip,
         reference=work.reference,
-        critic=_critic(cfg, sft, rm, work.device) if cfg.algo.advantage == "gae" else None,
+        critic=_critic(work) if cfg.algo.advantage == "gae" else None,
         generation=cfg.generation,
         tree=work.tree,
     )
@@ -130,11 +127,12 @@ def _trainer(work: Workspace, policy: Any, sft: Path, rm: Path | None, folder: P
     )  # fmt: skip
 
 
-def _critic(cfg: AlignConfig, sft: Path, rm: Path | None, device: str) -> Critic:
+def _critic(work: Workspace) -> Critic:
     """Return a critic initialised from the reward model; with gold rewards, from the SFT body and a fresh head."""
+    rm = work.roles.stages.get(roles.REWARD)
     if rm is not None:
-        return Critic(load_reward_model(rm / "model", device))
-    return Critic(new_reward_model(sft / "model", init_std=cfg.model.init_std).to(device))
+        return Critic(load_reward_model(rm / "model", work.device))
+    return Critic(new_reward_model(work.roles.reference, init_std=work.cfg.model.init_std).to(work.device))
 
 
 def _names(metrics: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: the metrics and figures of one policy, by the reward model and reference of its config."""
+"""`rlhf evaluate`: the metrics and figures of one policy, beside a reference, by one reward model or several."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from typing import Any
 from rlhf_cli.config.compose import RECORD_FILE
 from rlhf_cli.config.schema import EvaluateConfig
 from rlhf_cli.errors import RunError
+from rlhf_cli.measure.judge import check_judge
+from rlhf_cli.models.folders import fingerprint, has_tokenizer
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
-from rlhf_cli.stages import provide, trust
+from rlhf_cli.stages import provide, roles, trust
 from rlhf_cli.stages.results import SHOWN, announce, measure, stage_metrics
 from rlhf_cli.stages.session import Session, open_run, say, summary
-from rlhf_cli.stages.workspace import prepare
+from rlhf_cli.stages.workspace import prepare, require_context
 from rlhf_cli.store import read_json
 from rlhf_cli.trainers.common import resolve_device
 
 
 def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
     """Measure the policy that `cfg.policy` names, or the reward model; only missing earlier stages are trained."""
+    check_judge(cfg.judge)
     folder = policy_folder(cfg)
-    more = {"weights": weights(folder)}
+    more = {"weights": weights(cfg, folder)}
     if cfg.stage == "rm":
         return _reward_model(cfg, folder, open_run(cfg, "evaluate", "evaluate-rm", overrides, config_dir, more))
     with open_run(cfg, "evaluate", "evaluate", overrides, config_dir, more) as session:
         if not session.finished:
-            sft = provide.sft_policy(cfg)
-            rm = provide.reward_model(cfg) if cfg.reward.name != "gold" else None
-            work = prepare(cfg, sft, rm, provide.combined_members(cfg))
-            path = folder or sft / "model"
+            found = roles.of_evaluation(cfg)
+            path = folder or found.reference
+            policy = load_policy(path, resolve_device(cfg.device))
+            require_same_tokens(path, load_tokenizer(found.reference, training=False), policy)
+            require_context(policy, cfg.dataset, str(path))
+            work = prepare(cfg, found)
+            require_same_logits(path, policy, work.reference)
             say(f"policy: {path}")
-            stages = {"reference policy": sft} | ({"reward model": rm} if rm else {})
-            announce(work, stages, session)
-            policy = load_policy(path, work.device)
-            require_same_tokens(path, work.tokenizer, policy)
-            measure(work, freeze(policy), session, stages, {})
-        summary(session, SHOWN)
+            announce(work, session)
+            measure(work, freeze(policy), path, session, {})
+        summary(session, SHOWN, files="metrics.json, completions.jsonl, pairs.json")
     return session.directory
 
 
@@ -61,10 +64,11 @@ def _named_policy(cfg: EvaluateConfig, folder: Path | None) -> tuple[str, Any] |
     return str(folder), policy
 
 
-def weights(folder: Path | None) -> list[str]:
-    """Return name, size and time of the weight files: a policy trained again in the same place is another one."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder else []
-    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+def weights(cfg: EvaluateConfig, folder: Path | None) -> list[str]:
+    """Return what identifies the named models: one trained again in the same place is another one."""
+    named = [folder] if folder else []
+    named += [roles.policy_in("reference", cfg.reference)] if cfg.reference else []
+    return [fingerprint(path) for path in [*named, *map(roles.reward_folder, cfg.reward_model)]]
 
 
 def policy_folder(cfg: EvaluateConfig) -> Path | None:
@@ -75,35 +79,9 @@ def policy_folder(cfg: EvaluateConfig) -> Path | None:
     """
     if cfg.policy is None:
         return None
-    given = Path(cfg.policy)
-    if cfg.stage == "rm" and (read_json(given / RECORD_FILE) or {}).get("command") == "train-rm":
+    if cfg.stage == "rm" and (read_json(Path(cfg.policy) / RECORD_FILE) or {}).get("command") == "train-rm":
         return None  # a reward model's run: it names the reward model, through its overrides, and no policy
-    if not given.is_dir():
-        raise RunError(f"policy={given} is not a folder", "", "give a run folder or a Hugging Face model folder")
-    name = "model" if cfg.checkpoint == "last" else "best"
-    for folder in (given / name, given):
-        if (folder / "config.json").is_file():
-            require_policy(folder)
-            return folder
-    raise RunError(
-        f"policy={given} holds no model", f"neither {name}/config.json nor config.json is there",
-        "give a finished run folder or a Hugging Face model folder",
-    )  # fmt: skip
-
-
-def require_policy(folder: Path) -> None:
-    """Refuse a reward model: its body would open as a policy, and every number would be wrong.
-
-    Raises:
-        RunError: it is one.
-    """
-    architectures = (read_json(folder / "config.json") or {}).get("architectures") or []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise RunError(
-            f"{folder} holds a reward model, not a policy",
-            "",
-            "give a policy, or judge a reward model with stage=rm policy=RUN_DIR, its run folder",
-        )
+    return roles.policy_in("policy", cfg.policy, cfg.checkpoint)
 
 
 def require_same_tokens(path: Path, tokenizer: Any, policy: Any) -> None:
@@ -112,10 +90,25 @@ def require_same_tokens(path: Path, tokenizer: Any, policy: Any) -> None:
     Raises:
         RunError: vocabularies differ.
     """
-    own = load_tokenizer(path) if (path / "tokenizer_config.json").is_file() else tokenizer
+    own = load_tokenizer(path, training=False) if has_tokenizer(path) else tokenizer
     if own.get_vocab() != tokenizer.get_vocab() or policy.config.vocab_size < len(tokenizer):
         raise RunError(
             f"the policy in {path} has another vocabulary than its reference",
             f"{len(own)} tokens against {len(tokenizer)}, or other ids",
-            "name the dataset, model and seed that the policy was trained with",
+            "name the dataset, model and seed that the policy was trained with, or its reference=",
+        )
+
+
+def require_same_logits(path: Path, policy: Any, reference: Any) -> None:
+    """Refuse a policy with more or fewer logits than its reference: their KL is not defined.
+
+    Raises:
+        RunError: they differ, though the tokenizers do not.
+    """
+    sizes = policy.config.vocab_size, reference.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise RunError(
+            f"the policy in {path} has {sizes[0]} logits a token and its reference {sizes[1]}",
+            "the KL between them is not defined",
+            "give a reference= with as many",
         )

@@ -19,13 +19,14 @@ from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import Log
 
 FORMAT = 2  # raised when a stage is built differently, so that old ones are not re-used
-MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples")  # dataset keys that no earlier stage reads
+# dataset keys that no earlier stage reads
+MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples", "pool_samples")
 JUDGING_ONLY = ("length_bias", "ranking_size")  # dataset keys that SFT does not read
 
 
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the SFT policy: model, data, optimisation, seed."""
-    dataset = {key: value for key, value in _dataset(cfg).items() if key not in JUDGING_ONLY}
+    dataset = {key: value for key, value in dataset_identity(cfg).items() if key not in JUDGING_ONLY}
     return {
         "format": FORMAT,
         "seed": cfg.seed,
@@ -35,7 +36,8 @@ def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     }
 
 
-def _dataset(cfg: CommandConfig) -> dict[str, Any]:
+def dataset_identity(cfg: CommandConfig) -> dict[str, Any]:
+    """Return what determines the rows that models are trained on."""
     dataset = {key: value for key, value in identity(cfg.dataset).items() if key not in MEASURING_ONLY}
     if "path" in dataset:
         dataset["path"] = content(cfg.dataset)  # what the file holds, wherever it lies
@@ -48,7 +50,7 @@ def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
     if "encoder" in reward:
         reward["encoder"] = priors.encoder_identity(reward["encoder"])
     own = own_modules(cfg).get("reward")
-    what = {**sft_identity(cfg), "dataset": _dataset(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
+    what = {**sft_identity(cfg), "dataset": dataset_identity(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
     return {**what, **({"own_module": own} if own else {})}
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from rlhf_cli.metrics.glossary import DROPPED
 from rlhf_cli.report.figures import curves, preference_bars
+from rlhf_cli.report.pair_figures import pair_figure
+from rlhf_cli.stages.final import measure_policy
+from rlhf_cli.stages.roles import STAGES_FILE
 from rlhf_cli.stages.session import Session, say
 from rlhf_cli.stages.workspace import Workspace
 from rlhf_cli.store import read_json, write_json
@@ -18,19 +21,25 @@ SHOWN += [
     "gold/tv",
     "pm/pair_tv",
     "pm/divergence",
+    "pm/rank_correlation",
     "reward/mean",
+    "win_rate/rm",
+    "win_rate/gold",
+    "win_rate/llm",
     "kl/sequence",
+    "distinct_2",
     "eos_rate",
     "chosen_logps_change",
 ]
 CURVES = ["pm/tv", "pm/minority_mass", "pm/offset_mass"]
 
 
-def announce(work: Workspace, stages: dict[str, Path], session: Session) -> None:
-    """Say which finished stages are used and which rows were left out; keep the first in stages.json."""
+def announce(work: Workspace, session: Session) -> None:
+    """Say which models are used and which rows were left out; keep the first in stages.json."""
+    stages = work.roles.stages
     for name, folder in stages.items():
         say(f"{name}: {folder}")
-    write_json(session.directory / "stages.json", {name: str(folder) for name, folder in stages.items()})
+    write_json(session.directory / STAGES_FILE, {name: str(folder) for name, folder in stages.items()})
     for reason, count in work.data.dropped.items():
         if reason == "response_truncated":
             say(f"cut: {count} responses longer than dataset.max_completion_tokens")
@@ -46,19 +55,25 @@ def stage_metrics(stages: dict[str, Path]) -> dict[str, float]:
     return found
 
 
-def measure(work: Workspace, policy: Any, session: Session, stages: dict[str, Path], more: dict[str, float]) -> None:
-    """Write metrics, completions, distributions and figures of `policy` into the run folder."""
-    metrics, completions = work.final_metrics(policy)
+def measure(work: Workspace, policy: Any, folder: Path, session: Session, more: dict[str, float]) -> None:
+    """Write metrics, completions, distributions and figures of `policy`, whose weights are in `folder`."""
+    measured = measure_policy(work, policy, folder)
     dropped = {f"data/dropped/{reason}": count for reason, count in work.data.dropped.items()}
-    session.run.write_completions(completions)
+    session.run.write_completions(measured.completions)
+    write_json(session.directory / "measured.json", measured.about)
+    write_json(session.directory / "pairs.json", measured.pairs)
+    name = work.cfg.algo.name
     if work.exact is not None:
         rows = work.exact.distributions(policy)
         write_json(session.directory / "distributions.json", rows)
         figure = session.directory / "preferences.png"
-        preference_bars(rows, figure, title=f"{work.cfg.algo.name}: people, reward model, reference, policy")
+        preference_bars(rows, figure, title=f"{name}: people, reward model, reference, policy")
+        session.run.add_figure(figure)
+    figure = session.directory / "pairs.png"
+    if pair_figure({name: measured.pairs}, figure):
         session.run.add_figure(figure)
     _draw_curves(work, session)
-    session.run.write_metrics({**stage_metrics(stages), **dropped, **metrics, **more})
+    session.run.write_metrics({**stage_metrics(work.roles.stages), **dropped, **measured.metrics, **more})
 
 
 def _draw_curves(work: Workspace, session: Session) -> None:

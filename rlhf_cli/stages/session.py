@@ -13,7 +13,8 @@ from typing import Any
 from rlhf_cli.config.compose import as_dict, identity, own_modules
 from rlhf_cli.config.schema import AlignConfig, CommandConfig
 from rlhf_cli.data import content, load
-from rlhf_cli.errors import DataError, UserError
+from rlhf_cli.errors import RUN_FOLDER, DataError, UserError
+from rlhf_cli.metrics.guard import crossed
 from rlhf_cli.run import Run, default_name
 from rlhf_cli.stages import priors
 from rlhf_cli.stages.judgements import check_calibration
@@ -37,6 +38,8 @@ class Session:
         self.run.__exit__(kind, error, trace)
         if isinstance(error, UserError) and self.fresh and not self.run.path("training_log.jsonl").exists():
             shutil.rmtree(self.directory, ignore_errors=True)
+        elif isinstance(error, Exception):  # not an interruption
+            error.add_note(f"{RUN_FOLDER}{self.directory}")
 
     def adopt(self, stage: Path, name: str) -> None:
         """Copy a finished stage from the store into the run folder: model/, metrics."""
@@ -85,10 +88,17 @@ def open_run(
         group=cfg.algo.name if isinstance(cfg, AlignConfig) else what,
         overrides=overrides,
         config_dir=config_dir,
-        name=name if cfg.run_dir is None else None,
-        tags=[dataset, cfg.model.name, f"seed{cfg.seed}"],
+        name=cfg.tracker.run_name or (name if cfg.run_dir is None else None),
+        tags=_tags(cfg),
     )
     return Session(run, fresh=fresh)
+
+
+def _tags(cfg: CommandConfig) -> list[str]:
+    """Return what runs are filtered by: algorithm, dataset, model, seed, reward."""
+    algo, reward = (getattr(getattr(cfg, block, None), "name", None) for block in ("algo", "reward"))
+    found = [algo, cfg.dataset.source, cfg.model.name, f"seed{cfg.seed}", reward]
+    return [name for name in found if name is not None]
 
 
 def quiet_libraries() -> None:
@@ -161,8 +171,9 @@ def summary(session: Session, keys: Sequence[str], files: str = "metrics.json, t
     for key in keys:
         value = metrics.get(key)
         if value is not None:
-            worst = metrics.get(f"{key}_max")
-            say(f"  {key:<24} {value:8.4f}" + (f"   worst {worst:.4f}" if worst is not None else ""))
+            worst, low, high = (metrics.get(f"{key}{end}") for end in ("_max", "/lo", "/hi"))
+            beside = f"   95 % {low:.4f} to {high:.4f}" if low is not None and high is not None else ""
+            say(f"  {key:<24} {value:8.4f}{beside}" + (f"   worst {worst:.4f}" if worst is not None else ""))
     for line in warnings_of(metrics):
         say(f"  watch out: {line}")
     say(f"run folder: {session.directory}  ({files})")
@@ -177,7 +188,8 @@ def warnings_of(metrics: dict[str, float | None]) -> list[str]:
     def value(key: str) -> float:
         return metrics.get(key) or 0.0
 
-    worst_kl, worst_off = value("pm/kl_rm_policy_max"), value("pm/offset_mass_max")
+    on_pool = "pool/size" in metrics  # long responses differ by hundreds of nats there, in any policy
+    worst_kl, worst_off = 0.0 if on_pool else value("pm/kl_rm_policy_max"), value("pm/offset_mass_max")
     endless = 1 - value("eos_rate") if metrics.get("eos_rate") is not None else 0.0
     found = {
         f"on its worst question {worst_off:.0%} of the policy's mass is on text that is no valid answer": worst_off
@@ -187,7 +199,7 @@ def warnings_of(metrics: dict[str, float | None]) -> list[str]:
         "holds it)": value("chosen_logps_change") < -1,
         f"{endless:.0%} of the responses do not end within dataset.max_completion_tokens": endless > 0.5,
     }
-    return [sentence for sentence, holds in found.items() if holds]
+    return [sentence for sentence, holds in found.items() if holds] + crossed(metrics)
 
 
 def say(line: str) -> None:

@@ -20,8 +20,9 @@ from rlhf_cli.models.reward import ModelReward, Reward
 from rlhf_cli.report.trust import trust_figure
 from rlhf_cli.stages import priors, provide
 from rlhf_cli.stages.judgements import Judgements
+from rlhf_cli.stages.reward_reading import mean_reward
 from rlhf_cli.stages.session import Session, say
-from rlhf_cli.stages.workspace import answer_tree, mean_reward, measured_prompts
+from rlhf_cli.stages.workspace import answer_tree, measured_prompts
 from rlhf_cli.store import write_json
 from rlhf_cli.trainers.common import resolve_device
 

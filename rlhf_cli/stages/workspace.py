@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlhf_cli import algos
 from rlhf_cli.algos.base import Algorithm
-from rlhf_cli.config.schema import AlignConfig, CommandConfig, DatasetConfig, SurveyConfig, TextConfig
+from rlhf_cli.config.compose import identity
+from rlhf_cli.config.schema import (
+    AlignConfig,
+    CommandConfig,
+    DatasetConfig,
+    EvaluateConfig,
+    SamplerConfig,
+    SurveyConfig,
+    TextConfig,
+)
 from rlhf_cli.data import load
-from rlhf_cli.data.encode import decode_response, encode_pairs, encode_prompt, encode_response, fit_to_context
+from rlhf_cli.data.encode import encode_pairs, encode_prompt, encode_response, fit_to_context
 from rlhf_cli.data.rows import PreferenceData
+from rlhf_cli.errors import RunError
 from rlhf_cli.measure.exact import Enumeration, ExactMeasure, enumerate_answers
-from rlhf_cli.measure.offset import offset_bound
-from rlhf_cli.measure.sampled import PairMeasure, SampledMeasure, Sampling
+from rlhf_cli.measure.memo import Memo
+from rlhf_cli.measure.pairs import PairMeasure
+from rlhf_cli.measure.sampled import SampledMeasure
+from rlhf_cli.measure.samples import Sampling
+from rlhf_cli.models.folders import fingerprint
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
 from rlhf_cli.models.prefix_tree import PrefixTree
-from rlhf_cli.models.reward import EnsembleReward, GoldReward, ModelReward, Reward
+from rlhf_cli.models.reward import CENTRE_FILE, Reward
+from rlhf_cli.stages import provide
+from rlhf_cli.stages.reward_reading import read_reward
+from rlhf_cli.stages.roles import Roles
+from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import resolve_device
 
 SURVEY_SAMPLES = 16  # responses per wording for the sampled metrics of an enumerable world
+CURVE_SAMPLES = 4  # of them for the reward's curve: it shows a reward that rises while the people's falls
 TEXT_PAIRS = 256  # held-out pairs on which pm/pair_tv is measured
 
 
@@ -30,14 +52,21 @@ class Workspace:
     """Everything an alignment run needs besides the policy.
 
     Args:
+        roles: where reference and reward models lie.
         data: rows that fit the context.
-        tokenizer: of policy, reference and reward model.
-        reference: the frozen SFT policy.
+        tokenizer: of policy and reference.
+        reference: the frozen policy that others are measured beside.
         reward: centred rewards of token ids.
         exact: None on free text.
+        sampled: what is followed while training.
+        prompts, prompt_ids, samples: what a policy is sampled on for its final metrics, and how often.
+        how: how it is sampled then.
+        reward_id: what tells this reward from another, before clipping.
+        memo: what was computed before.
     """
 
     cfg: AlignConfig
+    roles: Roles
     algorithm: Algorithm
     device: str
     data: PreferenceData
@@ -48,62 +77,68 @@ class Workspace:
     exact: ExactMeasure | None
     sampled: SampledMeasure
     pairs: PairMeasure
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    samples: int
+    how: Sampling
+    reward_id: str
+    memo: Memo
 
     def metrics_while_training(self, policy: Any) -> dict[str, float]:
         """Return the metrics that are cheap enough to follow as a curve."""
         if self.exact is not None:
-            return self.exact.metrics(policy)
-        return {**self.sampled.measure(policy)[0], **self.pairs.metrics(policy)}
+            return {**self.exact.metrics(policy), **self.sampled.mean_reward(policy, CURVE_SAMPLES)}
+        return {**self.sampled.measure(policy)[0], **self.pairs.metrics(self.pairs.read(policy))}
 
-    def final_metrics(self, policy: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return every metric of `policy`, and its sampled completions as rows."""
-        sampled, responses, rewards = self.sampled.measure(policy)
-        found = {**sampled, **self.pairs.metrics(policy)}
-        if self.exact is not None:  # exact numbers win over sampled ones of the same name
-            replaced = [key for key in found if key.split("/")[1:2] == ["divergence"]]
-            found = {key: value for key, value in found.items() if key not in replaced}
-            found |= {**self.exact.metrics(policy), **self.exact.reference_metrics()}
-            if self.algorithm.family == "online" and self.algorithm.has_optimum and self.tree is None:
-                found |= offset_bound(self.exact, self.sampled)
-        return found, self._completions(responses, rewards.tolist())
+    def clipped(self, rewards: Tensor) -> Tensor:
+        """Return rewards as training used them, on the CPU."""
+        clip = self.cfg.reward.clip
+        rewards = rewards.cpu().float()
+        return rewards if clip is None else rewards.clamp(-clip, clip)
 
-    def _completions(self, responses: list[list[int]], rewards: list[float]) -> list[dict[str, Any]]:
-        eos = set(self.sampled.sampling.eos_ids)
-        return [
-            {
-                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
-                "completion": decode_response(self.tokenizer, response),
-                "reward": reward,
-                "tokens": len(response),
-                "ended": response[-1] in eos,
-            }
-            for prompt, response, reward in zip(self.sampled.prompts, responses, rewards, strict=True)
-        ]
+    def exact_with(self, reward: Reward) -> ExactMeasure:
+        """Return the exact measure against another reward; only on enumerable answers."""
+        assert self.exact is not None
+        return ExactMeasure(
+            self.exact.enumeration, self.reference, reward, reward_clip=self.cfg.reward.clip,
+            algorithm=self.algorithm, algo=self.cfg.algo, temperature=self.how.temperature, tree=self.tree,
+            gold_offset=self.exact.gold_offset,
+        )  # fmt: skip
 
 
-def prepare(cfg: AlignConfig, sft: Path, rm: Path | None, members: Sequence[Path] = ()) -> Workspace:
-    """Return the workspace of `cfg` with the SFT policy in `sft` and the reward model in `rm` (None: gold).
+def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
+    """Return the workspace of `cfg` with the models in `roles`.
 
-    `members`, if there are any, are the reward models whose predictions are averaged instead.
+    Raises:
+        RunError: prompt and response may be longer than the reference can read, or it does not know their words.
     """
     device = resolve_device(cfg.device)
-    tokenizer = load_tokenizer(sft / "model")
+    tokenizer = load_tokenizer(roles.reference, training=False)
     data = fit_to_context(load(cfg.dataset), tokenizer, cfg.dataset)
     algorithm = algos.get(cfg.algo.name)
     if not _has_optimum(cfg, algorithm):
         algorithm = replace(algorithm, has_optimum=False)
-    reference = freeze(load_policy(sft / "model", device))
-    reward = _reward(cfg, data, tokenizer, members or ([rm] if rm else []), device)
+    reference = freeze(load_policy(roles.reference, device))
+    require_context(reference, cfg.dataset, str(roles.reference))
+    reward = read_reward(cfg, data, tokenizer, roles.rewards, device)
     enumeration = _enumeration(data, tokenizer, device)
     tree = answer_tree(cfg.dataset, data, tokenizer, reference.config.vocab_size, device)
-    eos_ids = [tokenizer.eos_token_id]
-    temperature = cfg.generation.temperature
-    how = Sampling(cfg.dataset.max_completion_tokens, temperature, tree, eos_ids, tokenizer.pad_token_id, device)
+    temperature, sampler = cfg.generation.temperature, _sampler(cfg)
+    how = Sampling(
+        cfg.dataset.max_completion_tokens, temperature, tree, [tokenizer.eos_token_id], tokenizer.pad_token_id, device
+    )
     prompts, samples = measured_prompts(cfg, data)
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     shared: dict[str, Any] = {"reward_clip": cfg.reward.clip, "algorithm": algorithm, "algo": cfg.algo}
+    memo, rewarded = Memo(Store(Path(cfg.store_dir))), reward_id(cfg, roles.rewards)
+    known: dict[str, dict[str, Any]] = {
+        "reward": {"reward": rewarded},
+        "reference": {"policy": fingerprint(roles.reference)},
+    }
     heldout: list[Any] = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
     return Workspace(
         cfg=cfg,
+        roles=roles,
         algorithm=algorithm,
         device=device,
         data=data,
@@ -111,20 +146,63 @@ def prepare(cfg: AlignConfig, sft: Path, rm: Path | None, members: Sequence[Path
         tree=tree,
         reference=reference,
         reward=reward,
-        exact=ExactMeasure(enumeration, reference, reward, temperature=temperature, tree=tree, **shared)
-        if enumeration
-        else None,
-        sampled=SampledMeasure(
-            [encode_prompt(tokenizer, prompt) for prompt in prompts],
-            samples,
+        exact=ExactMeasure(
+            enumeration,
             reference,
             reward,
-            sampling=how,
-            seed=cfg.seed,
+            temperature=temperature,
+            tree=tree,
+            gold_offset=data.gold("", "") if data.gold else None,
             **shared,
-        ),  # fmt: skip
-        pairs=PairMeasure(heldout, reference, reward, reward_clip=cfg.reward.clip, sampling=how),
+        )
+        if enumeration
+        else None,  # fmt: skip
+        sampled=SampledMeasure(prompt_ids, samples, reference, reward, sampling=how, seed=cfg.seed, **shared),
+        pairs=PairMeasure(
+            heldout, reference, reward, reward_clip=cfg.reward.clip, sampling=how, memo=memo, identity=known
+        ),
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        samples=samples,
+        how=replace(how, sample_temperature=sampler.temperature, top_p=sampler.top_p),
+        reward_id=rewarded,
+        memo=memo,
     )
+
+
+def reward_id(cfg: AlignConfig, folders: Sequence[Path]) -> str:
+    """Return what tells a reward from another, before clipping: its models, how they are read, what centres them."""
+    if not folders:
+        return digest({"gold": identity(cfg.dataset)})
+    calibration = getattr(cfg.reward, "calibration", "none")
+    foreign = any(not (folder / CENTRE_FILE).is_file() for folder in folders)  # centred on the data at hand
+    data = provide.dataset_identity(cfg) if foreign else None
+    return digest({"models": [fingerprint(folder) for folder in folders], "calibration": calibration, "data": data})
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a value in json, 16 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sampler(cfg: AlignConfig) -> SamplerConfig:
+    return cfg.sampler if isinstance(cfg, EvaluateConfig) else SamplerConfig(temperature=1.0, top_p=1.0)
+
+
+def require_context(model: Any, dataset: DatasetConfig, name: str) -> None:
+    """Refuse a model whose positions end before the longest prompt with the longest response does.
+
+    Raises:
+        RunError: they do.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = dataset.max_prompt_tokens + dataset.max_completion_tokens
+    if positions is not None and longest > positions:
+        raise RunError(
+            f"the model in {name} reads {positions} tokens at most",
+            f"dataset.max_prompt_tokens + dataset.max_completion_tokens is {longest}",
+            "lower them",
+        )
 
 
 def _has_optimum(cfg: AlignConfig, algorithm: Algorithm) -> bool:
@@ -145,16 +223,23 @@ def measured_prompts(cfg: CommandConfig, data: PreferenceData) -> tuple[list[str
 
 
 def _enumeration(data: PreferenceData, tokenizer: Any, device: str) -> Enumeration | None:
+    """Return the questions with all their answers as token ids; None on free text.
+
+    Raises:
+        RunError: the tokenizer was made from other words.
+    """
     if not data.questions:
         return None
     prompts = [encode_prompt(tokenizer, question.prompt) for question in data.questions]
     answers = [[encode_response(tokenizer, answer) for answer in question.answers] for question in data.questions]
+    for question, prompt, known in zip(data.questions, prompts, answers, strict=True):
+        if any(tokenizer.unk_token_id in ids for ids in (prompt, *known)):
+            raise RunError(
+                f"the policies' tokenizer does not know all words of '{question.prompt}' and its answers",
+                "a policy cannot say them",
+                "evaluate it on questions of the dataset that it was trained on",
+            )
     return enumerate_answers(data.questions, prompts, answers, tokenizer.pad_token_id, device)
-
-
-def mean_reward(members: Sequence[Reward]) -> Reward:
-    """Return the reward of one model, or the mean of several."""
-    return members[0] if len(members) == 1 else EnsembleReward(members)
 
 
 def answer_tree(
@@ -169,20 +254,3 @@ def answer_tree(
         for answer in question.answers
     ]
     return PrefixTree(sequences, vocab_size, tokenizer.pad_token_id).to(device)
-
-
-def _reward(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, folders: Sequence[Path], device: str) -> Reward:
-    if folders:
-        calibration = getattr(cfg.reward, "calibration", "none")
-        pad_id = tokenizer.pad_token_id
-        return mean_reward([ModelReward(folder / "model", pad_id, device, calibration) for folder in folders])
-    gold = data.gold
-    assert gold is not None
-    table = {
-        tuple(encode_prompt(tokenizer, question.prompt)): {
-            tuple(encode_response(tokenizer, answer)): gold(question.prompt, answer) for answer in question.answers
-        }
-        for question in data.questions
-    }
-    chosen = [gold(pair.prompt, pair.chosen) for pair in data.reward_pairs]
-    return GoldReward(table, centre=sum(chosen) / len(chosen), offset_reward=gold("", ""), device=device)
