@@ -7,38 +7,38 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_cli.report.style import (
+    DPI,
+    FAINT,
+    GRID,
+    OFF_SET,
+    PEOPLE,
+    REFERENCE,
+    REWARD_MODEL,
+    STYLE,
+    WIDTH,
+    colours,
+    hues,
+    legend_columns,
+    markers,
+    written,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 QUESTIONS = 4
 MINORITY = 0.3  # share of people outside the largest answer that makes a question worth showing
-ANSWER_CHARACTERS = 27
-# Okabe-Ito, safe for colour blindness; any further algorithm takes the next of SPARE.
-COLOURS = {
-    "policy": "#0072B2",
-    "kl_ppo": "#D55E00",
-    "pm": "#0072B2",
-    "dpo": "#CC79A7",
-    "rpo": "#009E73",
-    "dpm": "#56B4E9",
-}
-SPARE = ("#E69F00", "#999933", "#882255", "#44AA99", "#AA4499")
-PEOPLE, REWARD_MODEL, REFERENCE, OFF_SET = "#333333", "#8C8C8C", "#B0935A", "#B22222"
+ANSWER_CHARACTERS = 32
 HEADINGS = {
     "pm/tv": "pm/tv: distance from the\nreward model's preferences",
     "pm/minority_mass": "pm/minority_mass: share of all\nanswers but the favourite",
     "pm/offset_mass": "pm/offset_mass: share of text\nthat is not a valid answer",
 }
-# Inches; 9 wide reads well at a README's 900 pixels.
-WIDTH, LABELS, COLUMN, BAR = 9.0, 1.95, 0.95, 0.165
+# Inches.
+LABELS, COLUMN, BAR = 2.3, 0.93, 0.165
 TITLE, NAME_LINE, BLOCK_TITLE, FOOTER = 0.46, 0.17, 0.5, 0.78
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.family": "DejaVu Sans",
-}
 
 Distribution = dict[str, Any]
 
@@ -72,7 +72,7 @@ def preference_bars(
         raise ValueError("No distributions to draw.")
     with rc_context(STYLE):
         figure = _bars(chosen, policies, title)
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=DPI)
 
 
 def curves(logs: dict[str, list[dict[str, float]]], path: Path, keys: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def curves(logs: dict[str, list[dict[str, float]]], path: Path, keys: Sequence[s
         raise ValueError("No log line holds any of the metrics " + ", ".join(keys) + ".")
     with rc_context(STYLE):
         figure = _curves(logs, shown)
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=DPI)
 
 
 def choose_questions(distributions: Iterable[Distribution], count: int = QUESTIONS) -> list[Distribution]:
@@ -129,37 +129,33 @@ def distance(people: Sequence[float], shares: Sequence[float], offset: float) ->
 
 
 def _bars(chosen: list[Distribution], policies: dict[str, list[Distribution]], title: str) -> Figure:
+    """Draw everything on one pair of axes that measures inches: many small axes take matplotlib seconds."""
     from matplotlib.figure import Figure
 
     blocks = [_columns(entry, policies) for entry in chosen]
-    colours = [PEOPLE, REWARD_MODEL, REFERENCE, *_colours(policies).values()]
+    tints = [PEOPLE, REWARD_MODEL, REFERENCE, *colours([*policies]).values()]
     heights = [BLOCK_TITLE + BAR * (len(entry["answers"]) + 1) for entry in chosen]
-    width = max(WIDTH, LABELS + COLUMN * len(colours))
-    column = (width - LABELS) / len(colours)
-    names = [textwrap.fill(name, int(11 * column)) for name in ("people", "reward model", "reference", *policies)]
-    header = TITLE + NAME_LINE * max(name.count("\n") + 1 for name in names)
-    figure = Figure(figsize=(width, header + sum(heights) + FOOTER))
-    limit = 1.06 * max(max(*shares, offset) for block in blocks for shares, offset in block)
-    top = figure.get_figheight() - header
-    for entry, block, height in zip(chosen, blocks, heights, strict=True):
-        order = sorted(range(len(entry["answers"])), key=lambda answer: -entry["people"][answer])
-        for number, ((shares, offset), colour) in enumerate(zip(block, colours, strict=True)):
-            box = (LABELS + number * column, top - height, column - 0.12, height - BLOCK_TITLE)
-            axes = _place(figure, box)
-            people = [entry["people"][answer] for answer in order]
-            _panel(axes, people, [shares[answer] for answer in order], offset, colour, limit, is_people=number == 0)
-            if number == 0:
-                answers = [_short(entry["answers"][answer]) for answer in order]
-                axes.set_yticks(range(len(answers) + 1), [*answers, "off the set"], fontsize=8.5)
-                axes.get_yticklabels()[-1].set(color=OFF_SET, fontstyle="italic")
-            if entry is chosen[-1]:
-                axes.set_xticks([0, 0.5], ["0", "50 %"], fontsize=7.5, color="#555555")
-        _write(figure, 0.08, top - 0.27, textwrap.shorten(entry["prompt"], 110), weight="bold")
-        top -= height
-    _frame(figure, title)
-    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        left, bottom = LABELS + number * column, figure.get_figheight() - header + 0.06
-        _write(figure, left, bottom, name, weight="bold", color=colour, size=10)
+    width = max(WIDTH, LABELS + COLUMN * len(tints))
+    column = (width - LABELS) / len(tints)
+    heads = ["people", "reward\nmodel", "reference", *(_narrow(name, int(11 * column)) for name in policies)]
+    ink = [PEOPLE, REWARD_MODEL, REFERENCE, *hues(policies).values()]
+    header = TITLE + NAME_LINE * max(head.count("\n") + 1 for head in heads)
+    height = header + sum(heights) + FOOTER
+    figure = Figure(figsize=(width, height))
+    sheet = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    sheet.set_axis_off()
+    scale = (column - 0.12) / (1.06 * max(max(*shares, offset) for block in blocks for shares, offset in block))
+    top = height - header
+    for entry, block, block_height in zip(chosen, blocks, heights, strict=True):
+        _question(sheet, entry, block, tints, (top, column, scale))
+        top -= block_height
+    for number, (head, colour) in enumerate(zip(heads, ink, strict=True)):
+        left = LABELS + number * column
+        sheet.text(left, height - header + 0.06, head, va="baseline", weight="bold", color=colour, size=10)
+        for share, words in ((0, "0"), (0.5, "50 %")):
+            sheet.text(left + scale * share, top - 0.03, words, ha="center", va="top", size=7.5, color=FAINT)
+    sheet.text(0.08, height - 0.3, title, weight="bold", size=12)
+    _marks(figure, sheet)
     return figure
 
 
@@ -174,85 +170,111 @@ def _columns(entry: Distribution, policies: dict[str, list[Distribution]]) -> li
     return columns
 
 
-def _panel(
-    axes: Axes,
-    people: Sequence[float],
-    shares: Sequence[float],
-    offset: float,
-    colour: str,
-    limit: float,
-    *,
-    is_people: bool,
+def _question(
+    sheet: Axes,
+    entry: Distribution,
+    block: list[tuple[list[float], float]],
+    tints: Sequence[str],
+    place: tuple[float, float, float],
 ) -> None:
-    """Draw one column of one question: a bar an answer, a tick at the people's share, the distance from them."""
-    answers = len(people)
-    axes.barh(range(answers), shares, height=0.74, color=colour)
-    axes.barh([answers], [offset], height=0.34, color=OFF_SET)
-    axes.set(xlim=(0, limit), ylim=(answers + 0.5, -0.6), yticks=[], xticks=[])
-    axes.spines["bottom"].set_visible(False)
-    axes.spines["left"].set_color("#AAAAAA")
-    axes.tick_params(length=0)
-    if not is_people:
-        for line_width, line_colour in ((2.8, "white"), (1.4, "black")):
-            rows = range(answers)
-            axes.vlines(people, [y - 0.42 for y in rows], [y + 0.42 for y in rows], line_colour, linewidth=line_width)
-        tv = f"TV {distance(people, shares, offset):.2f}"
-        axes.text(0, -0.75, tv, ha="left", va="bottom", fontsize=8, color="#333333")
+    """Draw one question: a bar an answer in every column, a tick at the people's share, the distance from them."""
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    top, column, scale = place
+    people = entry["people"]
+    order = sorted(range(len(people)), key=lambda answer: -people[answer])
+    rows = [top - BLOCK_TITLE - BAR * (row + 0.55) for row in range(len(people) + 1)]
+    bars, fills, ticks, stems = [], [], [], []
+    for number, ((shares, offset), tint) in enumerate(zip(block, tints, strict=True)):
+        left = LABELS + number * column
+        stems.append([(left, rows[0] + 0.6 * BAR), (left, rows[-1] - 0.5 * BAR)])
+        for y, answer in zip(rows, order, strict=False):
+            bars.append(_box(left, y, scale * shares[answer], 0.37 * BAR))
+            ticks.append([(left + scale * people[answer], y + side * 0.42 * BAR) for side in (-1, 1)])
+        bars.append(_box(left, rows[-1], scale * offset, 0.17 * BAR))
+        fills += [tint] * len(people) + [OFF_SET]
+        if number:
+            words = f"TV {distance(people, shares, offset):.2f}"
+            sheet.text(left, rows[0] + 0.8 * BAR, words, va="bottom", size=8, color="#333333")
+    sheet.add_collection(PolyCollection(bars, facecolors=fills, linewidths=0))
+    sheet.add_collection(LineCollection(stems, colors="#AAAAAA", linewidths=0.8))
+    for line_width, line_colour in ((2.8, "white"), (1.4, "black")):
+        # The first column is the people's own.
+        sheet.add_collection(LineCollection(ticks[len(people) :], colors=line_colour, linewidths=line_width))
+    for y, answer in zip(rows, order, strict=False):
+        words = textwrap.shorten(entry["answers"][answer], ANSWER_CHARACTERS, placeholder=" …")
+        sheet.text(LABELS - 0.05, y, words, ha="right", va="center_baseline", size=8.5)
+    off: dict[str, Any] = {"style": "italic", "color": OFF_SET, "size": 8.5}
+    sheet.text(LABELS - 0.05, rows[-1], "off the set", ha="right", va="center_baseline", **off)
+    sheet.text(0.08, top - 0.27, textwrap.shorten(entry["prompt"], 110), weight="bold")
 
 
-def _frame(figure: Figure, title: str) -> None:
-    """Write the title, and below all what the marks mean."""
+def _narrow(name: str, characters: int) -> str:
+    """Return a name with a line for each of its words, long words broken."""
+    return "\n".join(textwrap.fill(word, characters) for word in written(name).split())
+
+
+def _box(left: float, middle: float, length: float, half: float) -> list[tuple[float, float]]:
+    """Return the corners of a bar."""
+    bottom, top, right = middle - half, middle + half, left + length
+    return [(left, bottom), (right, bottom), (right, top), (left, top)]
+
+
+def _marks(figure: Figure, sheet: Axes) -> None:
+    """Write below all what the marks mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    top = figure.get_figheight()
-    _write(figure, 0.08, top - 0.3, title, weight="bold", size=12)
-    marks = [
-        Line2D([], [], color="black", marker="|", linestyle="none", markersize=9, markeredgewidth=1.6),
-        Patch(color=OFF_SET),
-    ]
+    tick = Line2D([], [], color="black", marker="|", linestyle="none", markersize=9, markeredgewidth=1.6)
     words = ["the people's share", "mass on text that is not a valid answer"]
-    below = 0.6 / top
-    figure.legend(marks, words, loc="upper left", bbox_to_anchor=(0, below), ncols=2, frameon=False, fontsize=8.5)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0.6 / figure.get_figheight())}
+    figure.legend([tick, Patch(color=OFF_SET)], words, ncols=2, frameon=False, fontsize=8.5, **place)
     note = (
         "TV: total variation distance from the people's shares, 0 (the same) to 1 (nothing in common). "
         "Half of the questions: the reference has the people's favourite."
     )
-    _write(figure, 0.08, 0.12, note, size=7.5, color="#555555")
+    sheet.text(0.08, 0.12, note, size=7.5, color=FAINT)
 
 
 def _curves(logs: dict[str, list[dict[str, float]]], keys: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    rows = -(-(len(logs) + 1) // legend_columns(map(written, logs)))
+    figure = Figure(figsize=(WIDTH, 3.3 + 0.2 * rows), layout="constrained")
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for axes, key in zip(panels, keys, strict=True):
-        for name, colour in _colours(logs).items():
-            points = _points(logs[name], key)
-            if not points:
-                continue
-            means = [sum(values) / len(values) for _, values in points]
-            steps = [step for step, _ in points]
-            axes.plot(steps, means, color=colour, linewidth=1.8, label=name, marker="o", markersize=2.5)
-            low, high = [min(values) for _, values in points], [max(values) for _, values in points]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-        targets = [
-            value for lines in logs.values() for _, values in _points(lines, f"{key}_target") for value in values
-        ]
-        if targets:
-            axes.axhline(sum(targets) / len(targets), color="black", linestyle="--", linewidth=1.2, label="target")
-        axes.set_title(HEADINGS.get(key, key), fontsize=9, loc="left")
-        axes.set_xlabel("optimizer step")
-        if axes.dataLim.ymin >= 0:
-            axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color="#E5E5E5")
+        _metric(axes, logs, key)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 7), frameon=False
-    )
+    columns = min(len(handles), legend_columns(handles))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    if any(len(values) > 1 for lines in logs.values() for key in keys for _, values in _points(lines, key)):
+        place |= {"title": "line: mean over seeds; band: from the lowest to the highest seed", "title_fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), **place)
     return figure
+
+
+def _metric(axes: Axes, logs: dict[str, list[dict[str, float]]], key: str) -> None:
+    """Draw one metric of every policy: the mean over seeds and, of several, the band from the lowest to the highest."""
+    tints, shapes = colours([*logs]), markers([*logs])
+    for name, lines in logs.items():
+        points = _points(lines, key)
+        if not points:
+            continue
+        steps = [step for step, _ in points]
+        look: dict[str, Any] = {"color": tints[name], "marker": shapes[name], "markersize": 3, "linewidth": 1.6}
+        axes.plot(steps, [sum(values) / len(values) for _, values in points], label=written(name), **look)
+        low, high = [min(values) for _, values in points], [max(values) for _, values in points]
+        axes.fill_between(steps, low, high, color=tints[name], alpha=0.18, linewidth=0)
+    targets = [value for lines in logs.values() for _, values in _points(lines, f"{key}_target") for value in values]
+    if targets:
+        axes.axhline(sum(targets) / len(targets), color="black", linestyle="--", linewidth=1.2, label="target")
+    axes.set_title(HEADINGS.get(key, key), fontsize=9, loc="left")
+    axes.set_xlabel("optimizer step")
+    if axes.dataLim.ymin >= 0:
+        axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=GRID)
 
 
 def _points(lines: Iterable[dict[str, float]], key: str) -> list[tuple[int, list[float]]]:
@@ -262,30 +284,3 @@ def _points(lines: Iterable[dict[str, float]], key: str) -> list[tuple[int, list
         if line.get(key) is not None:
             found.setdefault(int(line["step"]), []).append(line[key])
     return sorted(found.items())
-
-
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each name: an algorithm's own for its first setting, spare ones for the rest."""
-    free = [*SPARE]
-    taken: dict[str, str] = {}
-    for name in names:
-        own = COLOURS.get(name.split()[0])
-        if own is None or own in taken.values():
-            own = free.pop(0)
-            free.append(own)
-        taken[name] = own
-    return taken
-
-
-def _place(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
-    """Return axes at (left, bottom, width, height) in inches."""
-    width, height = figure.get_figwidth(), figure.get_figheight()
-    return figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-
-
-def _write(figure: Figure, left: float, bottom: float, words: str, **style: Any) -> None:
-    figure.text(left / figure.get_figwidth(), bottom / figure.get_figheight(), words, va="baseline", **style)
-
-
-def _short(answer: str) -> str:
-    return textwrap.shorten(answer, ANSWER_CHARACTERS, placeholder=" …")

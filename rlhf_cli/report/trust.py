@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_cli.report.figures import COLOURS, OFF_SET, REWARD_MODEL, STYLE
+from rlhf_cli.report.style import COLOURS, OFF_SET, REWARD_MODEL, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

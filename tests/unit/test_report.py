@@ -2,26 +2,22 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fabricated_runs import run_of
 from rich.console import Console
 
-from rlhf_cli.report.figures import _colours, choose_questions, curves, distance, preference_bars
-from rlhf_cli.report.tables import Run, columns, comparison_table, group_runs, legend, to_csv, to_markdown, to_rich
-
-
-def run_of(name: str, seed: int = 0, metrics: dict[str, float] | None = None, **settings: Any) -> Run:
-    config: dict[str, Any] = {"seed": seed, "run_dir": f"{name}{seed}", "algo": {"name": name, "beta": 1.0}}
-    config |= {"dataset": {"source": "survey", "seed": 0}, "tracker": {"name": "none"}, "reward": {"name": "bt"}}
-    for key, value in settings.items():
-        group, _, leaf = key.partition("__")
-        if leaf:
-            config[group] = {**config.get(group, {}), leaf: value}
-        else:
-            config[group] = value
-    return Run(Path(f"{name}{seed}"), name, config, {"pm/tv": 0.5} if metrics is None else metrics, [], [])
+from rlhf_cli.report.columns import COLUMNS, Column, columns
+from rlhf_cli.report.comparison import Comparison, compare
+from rlhf_cli.report.csv_tables import rows_csv, runs_csv, summaries
+from rlhf_cli.report.figures import choose_questions, curves, distance, preference_bars
+from rlhf_cli.report.run_groups import Kind, Run
+from rlhf_cli.report.style import colours
+from rlhf_cli.report.tables import markdown, metric_table, page_table, to_markdown, to_rich
 
 
 def entry(question: int, people: list[float], reference: list[float], **changes: Any) -> dict[str, Any]:
@@ -41,111 +37,175 @@ def size_of(path: Path) -> tuple[int, int]:
 # --- tables
 
 
-def test_seeds_share_a_row_with_mean_and_sample_deviation() -> None:
-    # values 0.1, 0.2, 0.3: mean 0.2, sample variance (0.01 + 0 + 0.01) / 2 = 0.01, deviation 0.1
-    (row,) = comparison_table([run_of("pm", seed, {"pm/tv": 0.1 * (seed + 1)}) for seed in range(3)])
-    assert (row.name, row.runs) == ("pm", 3)
-    cell = row.cells["pm/tv"]
-    assert cell.mean == pytest.approx(0.2)
-    assert cell.spread == pytest.approx(0.1)
+def compared(runs: Sequence[Run], **options: Any) -> Comparison:
+    return compare("a world", runs[0].kind, runs, **options)
 
 
-def test_settings_that_differ_name_the_row_and_places_do_not() -> None:
-    runs = [run_of("pm", 0, algo__alpha=0.02), run_of("pm", 0, algo__alpha=None), run_of("kl_ppo", 0)]
-    runs.append(run_of("pm", 1, algo__alpha=0.02, tracker={"name": "wandb"}, store_dir="elsewhere"))
-    groups = group_runs(runs)
-    assert {name: [run.seed for run in group] for name, group in groups.items()} == {
-        "kl_ppo": [0],
-        "pm alpha=0.02": [0, 1],
-        "pm alpha=null": [0],
-    }
+def printed(comparison: Comparison, width: int = 100) -> tuple[str, list[str]]:
+    """Return the terminal's table, and the headers that fit."""
+    table, shown = to_rich(comparison, width)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text(), [column.header for column in shown]
 
 
-def test_a_group_s_name_stands_for_the_values_it_brings() -> None:
-    runs = [run_of("pm", reward={"name": "bt", "negative_share": 0.25})]
-    runs.append(run_of("pm", reward={"name": "gold", "negative_share": 0.0}))
-    assert list(group_runs(runs)) == ["pm reward=bt", "pm reward=gold"]
-    runs.append(run_of("pm", reward={"name": "bt", "negative_share": 0.5}))
-    names = list(group_runs(runs))
-    assert len(names) == 3
-    assert "pm reward=bt reward.negative_share=0.5" in names
+def full_metrics(keys: Sequence[Column], value: float = -12.345) -> dict[str, float]:
+    found = {column.key: value for column in keys}
+    return found | {f"{key}{end}": value for key in found for end in ("/lo", "/hi")}
 
 
-def test_rows_are_ordered_and_unknown_algorithms_follow() -> None:
-    runs = [run_of(name) for name in ("zeta", "rpo", "pm", "sft", "kl_ppo")]
-    assert [row.name for row in comparison_table(runs)] == ["sft", "kl_ppo", "pm", "rpo", "zeta"]
-
-
-def test_reference_row_counts_each_seed_once_and_has_no_optimum() -> None:
-    metrics = {"pm/tv": 0.1, "optimum/tv": 0.2, "reference/pm/tv": 0.6, "reference/optimum/tv": 0.7}
-    runs = [
-        run_of(name, seed, metrics, algo__beta=beta) for name, beta in (("pm", 1.0), ("dpo", 0.1)) for seed in (0, 1)
-    ]
-    rows = {row.name: row for row in comparison_table(runs)}
-    assert rows["sft"].runs == 2
-    assert rows["sft"].cells["pm/tv"].mean == pytest.approx(0.6)
-    assert "optimum/tv" not in rows["sft"].cells
-    assert rows["pm"].cells["optimum/tv"].mean == pytest.approx(0.2)
-
-
-def test_references_with_different_targets_stay_apart() -> None:
-    metrics = {"pm/tv": 0.1, "reference/pm/tv": 0.6}
-    rows = comparison_table([run_of("pm", 0, metrics), run_of("pm", 0, metrics, reward={"name": "gold"})])
-    assert [row.name for row in rows] == ["sft reward=bt", "sft reward=gold", "pm reward=bt", "pm reward=gold"]
-
-
-def test_no_runs_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one run"):
-        comparison_table([])
-
-
-def test_markdown_shows_missing_numbers_as_a_dash_and_explains_every_column() -> None:
-    rows = comparison_table([run_of("rpo", seed, {"pm/tv": 0.25, "reward/mean": 12345.6}) for seed in (0, 1)])
-    lines = to_markdown(rows).splitlines()
-    assert lines[2] == "| rpo | 2 | 0.250 ± 0.000 | – | – | – | – | – | – | – | 1.23e+04 ± 0.000 | – |"
+def test_markdown_shows_ranks_intervals_dashes_and_explains_every_column() -> None:
+    runs = [run_of("rpo", seed, {"pm/tv": 0.25, "reward/mean": 12345.6}) for seed in (0, 1)]
+    comparison = compared([*runs, run_of("pm", 0, {"pm/tv": 0.5, "pm/tv/lo": 0.4, "pm/tv/hi": 0.6})])
+    lines = to_markdown(comparison).splitlines()
+    assert lines[0] == "| policy | seeds | rank | TV | reward |", "no column without a number"
+    assert lines[2] == "| pm | 1 | 2 | 0.500 [0.400, 0.600] | – |"
+    assert lines[3] == "| rpo | 2 | 1 | 0.250 ± 0.000 | 1.23e+04 ± 0.000 |"
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-    for _, header in columns(rows):
-        assert sum(line.startswith(f"- {header}: ") for line in lines) == 1
+    for column in columns(comparison):
+        assert sum(line.startswith(f"- {column.header}: ") for line in lines) == 1
+    assert "- rank: by pm/tv, lower is better." in lines
 
 
-def test_free_text_has_its_own_columns_and_intervals() -> None:
-    metrics = {"pm/pair_tv": 0.3, "pm/pair_tv/lo": 0.25, "pm/pair_tv/hi": 0.36, "pm/pair_tv/n": 200, "eos_rate": 1.0}
-    rows = comparison_table([run_of("pm", 0, metrics)])
-    assert "| 0.300 [0.250, 0.360] |" in to_markdown(rows)
-    assert [key for key, _ in columns(rows)][:2] == ["pm/pair_tv", "pm/divergence"]
-    assert "pm/pair_tv/lo" not in rows[0].cells
+def test_what_is_compared_collapsed_or_failed_is_said_below() -> None:
+    bad = {"pm/tv": 0.5, "pm/offset_mass": 0.4}
+    runs = [run_of("kl_ppo", 0, {"pm/tv": 0.4}), run_of("pm", 0, bad), run_of("pm", 1, {})]
+    runs[2] = replace(runs[2], state="failed", reason="out of\nmemory")
+    comparison = compared(runs, failed=[("algo=dpo", "x" * 200)])
+    text = to_markdown(comparison)
+    assert "| pm ! | 1 | 2 | 0.500 | -25.0% | 0.400 |" in text
+    assert "| kl_ppo | 1 | 1 | 0.400 | B | – |" in text
+    assert "| pm, seed 1 | failed | – | – | – | – |" in text
+    assert "- ! pm may have collapsed: " in text
+    assert "- B, the baseline: kl_ppo. " in text
+    assert "- pm, seed 1: failed: out of memory\n" in text
+    assert f"- algo=dpo: failed: {'x' * 98} …\n" in text
 
 
-def full_metrics() -> dict[str, float]:
-    keys = "pm/tv pm/tv_max pm/kl_rm_policy pm/minority_mass pm/minority_mass_target pm/offset_mass optimum/tv gold/tv"
-    return {key: -12.345 for key in (*keys.split(), "reward/mean", "kl/sequence")}
+def test_an_improvement_that_rounds_to_nothing_has_no_minus() -> None:
+    runs = [run_of("kl_ppo", 0, {"pm/tv": 0.5}), run_of("pm", 0, {"pm/tv": 0.50001})]
+    assert "| pm | 1 | 2 | 0.500 | +0.0% |" in to_markdown(compared(runs))
 
 
-def test_terminal_table_fits_100_columns_with_nothing_cut() -> None:
-    runs = [run_of("kl_ppo", seed, full_metrics(), algo__alpha=alpha) for seed in (0, 1) for alpha in (0.02, None)]
-    console = Console(width=100, record=True, file=io.StringIO())
-    rows = comparison_table(runs)
-    console.print(to_rich(rows))
-    text = console.export_text()
+def test_a_sampler_that_is_not_the_policy_is_named() -> None:
+    text = to_markdown(compared([run_of("pm", 0, {"pm/tv": 0.1, "sampler/top_p": 0.9, "sampler/temperature": 1.0})]))
+    assert "- Sampled with top_p 0.9: metrics that need the policy's own samples are left out.\n" in text
+    assert "Sampled with" not in to_markdown(compared([run_of("pm")]))
+
+
+def test_several_sets_have_titles_in_markdown_and_one_has_none() -> None:
+    one = compared([run_of("pm")])
+    assert markdown([one]) == to_markdown(one)
+    assert markdown([one, replace(one, title="other")]).startswith("## a world\n\n| policy |")
+    assert "\n\n## other\n\n| policy |" in markdown([one, replace(one, title="other")])
+
+
+@pytest.mark.parametrize("kind", ["exact", "text", "rm"])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_terminal_table_fits_100_columns_with_nothing_cut(kind: Kind, seeds: int) -> None:
+    metrics = full_metrics(COLUMNS[kind]) | ({"pool/size": 8.0} if kind == "text" else {})
+    # What the baseline has as well is not compared: the improvements are wide too.
+    base = dict(metrics)
+    for key in ("pm/tv", "pm/divergence") if kind != "rm" else ():
+        base = {name: value for name, value in base.items() if name not in (f"{key}/lo", f"{key}/hi")} | {key: 0.3}
+    more: dict[str, Any] = {"stage": "rm"} if kind == "rm" else {}
+    names = [("kl_ppo", 0.02, base), ("kl_ppo", None, base), ("pm", 0.02, metrics)]
+    runs = [run_of(name, seed, of, algo__alpha=alpha, **more) for seed in range(seeds) for name, alpha, of in names]
+    text, shown = printed(compared([*runs, replace(run_of("dpo", 7, {}, **more), state="interrupted")]))
+    assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
-    assert text.count("-12.35") + text.count("-12.34") == 2 * len(columns(rows))
-    assert "2 seeds" in text
-    assert all(len(line) <= 100 for line in legend(rows)[:-1])
+    whole = [column.header for column in COLUMNS[kind] if not column.versus]
+    assert len([header for header in shown if header in whole]) >= 7
+    # Of one seed both ends of its interval are shown too.
+    numbers = (text.count("-12.35") + text.count("-12.34")) / (1 if seeds > 1 else 3)
+    of_baselines = {"TV", "diverg."} & set(shown) if kind != "rm" else set()
+    assert numbers == pytest.approx(3 * len([x for x in shown if "vs" not in x]) - 2 * len(of_baselines))
+    assert kind == "rm" or {"TV vs B", "div vs B"} <= set(shown)
+    assert text.count(f"{seeds} seed") == 3
+    assert "interrupted, seed 7" in " ".join(text.split())
 
 
-def test_infinite_values_are_shown_as_they_are() -> None:
-    rows = comparison_table(
-        [run_of("pm", 0, {"pm/tv": 0.1, "pm/kl_rm_policy": value}) for value in (1.0, float("inf"))]
-    )
-    assert "| inf ± nan |" in to_markdown(rows)
+def test_a_narrow_terminal_goes_without_the_least_important_columns() -> None:
+    comparison = compared([run_of("pm", 0, full_metrics(COLUMNS["exact"])), run_of("kl_ppo", 0)])
+    wide, narrow = printed(comparison)[1], printed(comparison, 80)[1]
+    assert set(narrow) < set(wide)
+    assert {"TV", "TV vs B", "minority", "off-set"} <= set(narrow)
+    assert len(columns(comparison)) > len(wide)
 
 
-def test_csv_holds_every_metric_with_its_own_count() -> None:
+def test_free_text_has_its_own_columns() -> None:
+    pools = compared([run_of("pm", 0, {"pm/tv": 0.3, "pool/size": 8.0, "pm/pair_tv": 0.2, "distinct_2": 0.9})])
+    assert [column.header for column in columns(pools)] == ["TV", "pairs", "variety"]
+    assert "- TV: Total variation from the reward model's preferences over the candidate pools" in to_markdown(pools)
+
+
+def test_the_page_has_a_tip_for_every_header_and_a_mark_for_every_row() -> None:
+    runs = [run_of("kl_ppo", 0, {"pm/tv": 0.4, "reference/pm/tv": 0.6}), run_of("pm", 0, {"pm/tv": 0.1})]
+    runs += [run_of("dpo", 0, {"pm/tv": 0.1, "pm/offset_mass": 0.5}), replace(run_of("rpo", 3), state="running")]
+    comparison = compared(runs)
+    table = page_table(comparison)
+    assert len(table.headers) == len(table.tips)
+    assert {len(row) for row in table.rows} == {len(table.headers)}
+    assert table.emphasis == ["reference", "", "", "flagged", "failed"]
+    assert table.rows[-1][:2] == ["rpo\nrunning", "running, seed 3"]
+    assert table.rows[3][0] == "dpo !"
+
+
+def test_all_metrics_stand_in_one_table_with_their_differences() -> None:
+    metrics = {"pm/tv": 0.4, "mine": 2.0, "pm/tv/n": 9, "reference/pm/tv": 0.6}
+    runs = [run_of("kl_ppo", seed, metrics) for seed in (0, 1)]
+    table = metric_table(compared([*runs, *(run_of("pm", seed, {"pm/tv": 0.1}) for seed in (0, 1))]))
+    assert table.headers == ["metric", "meaning", "sft", "kl_ppo", "pm"]
+    assert table.tips[4] == "Seeds 0, 1; Δ: minus kl_ppo, same seeds"
+    assert [row[0] for row in table.rows] == ["mine", "pm/tv"]
+    assert table.rows[0][1:] == ["", "–", "2.000\n±0.000", "–"]
+    assert table.rows[1][1].startswith("Total variation from the reward model's preferences [share, lower is better]")
+    assert table.rows[1][3:] == ["0.400\n±0.000", "0.100\n±0.000\nΔ -0.300 ±0.000"]
+
+
+def test_csv_holds_every_metric_with_its_own_count_and_difference() -> None:
     runs = [run_of("pm", 0, {"pm/tv": 0.1, "gold/tv": 0.3}), run_of("pm", 1, {"pm/tv": 0.3})]
-    lines = list(csv.DictReader(io.StringIO(to_csv(comparison_table(runs)))))
-    assert [(line["metric"], line["seeds"]) for line in lines] == [("gold/tv", "1"), ("pm/tv", "2")]
-    assert float(lines[1]["mean"]) == pytest.approx(0.2)
-    assert lines[0]["std"] == ""
+    runs += [run_of("kl_ppo", seed, {"pm/tv": 0.6}) for seed in (0, 1)]
+    runs.append(replace(run_of("rpo", 5), state="failed", metrics={}))
+    lines = list(csv.DictReader(io.StringIO(rows_csv([compared(runs)]))))
+    found = {(line["policy"], line["metric"]): line for line in lines}
+    assert list(found) == [("kl_ppo", "pm/tv"), ("pm", "gold/tv"), ("pm", "pm/tv"), ("rpo", "")]
+    tv = found["pm", "pm/tv"]
+    assert [tv[key] for key in ("set", "status", "seeds", "source", "rank")] == [
+        "a world",
+        "finished",
+        "2",
+        "seeds",
+        "1",
+    ]
+    assert [float(tv[key]) for key in ("mean", "difference")] == pytest.approx([0.2, -0.4])
+    assert float(tv["hi"]) - float(tv["mean"]) == pytest.approx(float(tv["half"]))
+    assert float(tv["mean"]) - float(tv["lo"]) == pytest.approx(float(tv["half"]))
+    assert float(tv["difference_hi"]) > -0.4 > float(tv["difference_lo"])
+    assert (tv["baseline"], float(tv["improvement_percent"])) == ("kl_ppo", pytest.approx(100 * 0.4 / 0.6))
+    gold = found["pm", "gold/tv"]
+    assert (gold["seeds"], gold["half"], gold["source"], gold["difference"]) == ("1", "", "none", "")
+    assert found["rpo", ""]["status"] == "failed"
+
+
+def test_every_run_has_a_line_with_what_differs() -> None:
+    runs = [run_of("pm", 0, {"pm/tv": 0.1}, algo__alpha=0.02), run_of("pm", 1, {"gold/tv": 0.2}, algo__alpha=0.1)]
+    runs.append(replace(run_of("dpo", 3), state="failed", reason="no\npairs", metrics={}))
+    lines = {line["path"]: line for line in csv.DictReader(io.StringIO(runs_csv([compared(runs)])))}
+    assert list(lines["pm0"]) == [
+        *("path", "set", "policy", "seed", "state", "reason", "algo.alpha", "algo.name", "gold/tv", "pm/tv")
+    ]
+    assert [lines["pm0"][key] for key in ("policy", "algo.alpha", "pm/tv")] == ["pm alpha=0.02", "0.02", "0.1"]
+    assert (lines["pm1"]["pm/tv"], lines["pm1"]["gold/tv"]) == ("", "0.2")
+    assert (lines["dpo3"]["state"], lines["dpo3"]["reason"]) == ("failed", "no pairs")
+
+
+def test_summaries_share_their_keys() -> None:
+    failed = replace(run_of("dpo"), state="failed", reason="no pairs", metrics={})
+    rows = summaries([compared([run_of("pm", seed, {"pm/tv": 0.1}) for seed in (0, 1)] + [failed])])
+    assert rows[0].keys() == rows[1].keys()
+    assert (rows[0]["policy"], rows[0]["pm/tv"], rows[0]["pm/tv ±"], rows[0]["rank"]) == ("pm", 0.1, 0.0, 1)
+    assert (rows[1]["policy"], rows[1]["status"], rows[1]["pm/tv"]) == ("dpo", "failed: no pairs", None)
 
 
 # --- figures
@@ -205,6 +265,6 @@ def test_curves_average_over_seeds_and_draw_the_target() -> None:
 
 
 def test_every_policy_has_a_colour_of_its_own() -> None:
-    colours = _colours(["kl_ppo", "pm alpha=0.02", "pm alpha=null", "mine"])
-    assert len(set(colours.values())) == 4
-    assert colours["pm alpha=0.02"] == _colours(["pm"])["pm"]
+    tints = colours(["kl_ppo", "pm alpha=0.02", "pm alpha=null", "mine"])
+    assert len(set(tints.values())) == 4
+    assert tints["pm alpha=0.02"] == colours(["pm"])["pm"]

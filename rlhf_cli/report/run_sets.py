@@ -1,0 +1,138 @@
+"""Sets of runs that may be compared: measured on the same data, by the same reward, in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_cli.report.run_groups import EVALUATE_DEFAULTS, REFERENCE_KEYS, Kind, Run, as_text, differing
+
+# Policies that differ here are measured against different targets, or differently.
+TARGET_BLOCKS = ("dataset.", "reward.", "sampler.")
+TARGET_KEYS = ("reward_model", "reference")
+# Reward models that differ here were judged on different data.
+WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions")
+JUDGE_KEYS = ("dataset.length_bias", "dataset.ranking_size")
+# What measured.json tells of runs of one seed.
+MEASURED = ("dataset", "prompts", "pool", "reward")
+SHOWN_KEYS = 3
+SHOWN_CHARACTERS = 40
+NAMES = {"dataset": "dataset", "reward": "reward", "reward_model": "reward model", "sampler": "sampler"}
+
+
+@dataclass
+class RunSet:
+    """Runs of one kind with one target; `measured` is what each seed was measured on, where that is known."""
+
+    kind: Kind
+    target: dict[str, str]
+    runs: list[Run] = field(default_factory=list)
+    measured: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def takes(self, run: Run) -> bool:
+        """Return whether the run may be compared with those of the set."""
+        if (run.kind == "rm") != (self.kind == "rm") or target(run) != self.target:
+            return False
+        # Of an unfinished run nothing was measured that could differ.
+        if not run.finished:
+            return True
+        known = self.measured.get(run.seed, {})
+        return run.kind == self.kind and all(
+            known[key] == run.measured[key] for key in MEASURED if key in known and key in run.measured
+        )
+
+    def add(self, run: Run) -> None:
+        """Put the run into the set."""
+        self.runs.append(run)
+        if run.finished:
+            self.measured[run.seed] = {**run.measured, **self.measured.get(run.seed, {})}
+
+
+def target(run: Run) -> dict[str, str]:
+    """Return the settings that runs must share to be compared, as text."""
+    found = as_text(run.config)
+    if run.kind == "rm":
+        return {key: found.get(key, "null") for key in (*WORLD_KEYS, *JUDGE_KEYS)}
+    return {key: value for key, value in found.items() if key.startswith(TARGET_BLOCKS) or key in TARGET_KEYS}
+
+
+def comparable_sets(runs: Sequence[Run]) -> list[RunSet]:
+    """Return the runs in sets that may be compared, policies first, the largest first."""
+    sets: list[RunSet] = []
+    # Finished runs first: they say what the others would have been measured on.
+    for run in sorted(runs, key=lambda run: not run.finished):
+        taken = next((one for one in sets if one.takes(run)), None)
+        if taken is None:
+            taken = RunSet(run.kind, target(run))
+            sets.append(taken)
+        taken.add(run)
+    return sorted(sets, key=lambda one: (one.kind == "rm", -sum(run.finished for run in one.runs), -len(one.runs)))
+
+
+def titles(sets: Sequence[RunSet]) -> list[str]:
+    """Return a title for each set, each once; those after the first of their kind say what differs from it."""
+    found: list[str] = []
+    for number, one in enumerate(sets):
+        first = next(other for other in sets if (other.kind == "rm") == (one.kind == "rm"))
+        title = _title(one) if one is first else f"{_title(one)}: {difference(one, first)}"
+        found.append(title if title not in found else f"{title} ({number + 1})")
+    return found
+
+
+def difference(one: RunSet, first: RunSet) -> str:
+    """Return why two sets may not be compared, e.g. "other reward: reward.name=gold"."""
+    keys = differing([one.target, first.target])
+    if keys:
+        # A block's name stands for the values it brings.
+        named = [key for key in keys if key.endswith((".name", ".source"))]
+        blocks = {key.partition(".")[0] for key in named}
+        keys = [key for key in keys if key.partition(".")[0] not in blocks or key in named]
+        what = " and ".join(dict.fromkeys(_name(key) for key in keys))
+        return f"other {what}: {_values(keys, one.target)}"
+    if one.kind != first.kind:
+        return "free text" if one.kind == "text" else "answers that can be enumerated"
+    return _measured_difference(one, first)
+
+
+def _measured_difference(one: RunSet, first: RunSet) -> str:
+    """Return what measured.json says of two sets with the same target, and the settings that may be behind it."""
+    for seed in sorted(one.measured.keys() & first.measured.keys()):
+        ours, theirs = one.measured[seed], first.measured[seed]
+        other = [key for key in MEASURED if key in ours and key in theirs and ours[key] != theirs[key]]
+        if not other:
+            continue
+        configs = [
+            {key: value for key, value in as_text(run.config).items() if key.startswith(REFERENCE_KEYS)}
+            for run in (next(run for run in runs.runs if run.finished and run.seed == seed) for runs in (one, first))
+        ]
+        keys = differing(configs)
+        values = f": {_values(keys, configs[0])}" if keys else " (measured.json)"
+        return f"other {' and '.join(other)}{values}"
+    return "measured on something else"
+
+
+def _title(one: RunSet) -> str:
+    world = one.target.get("dataset.source", "unknown data")
+    if world == "survey":
+        world = f"Survey world {one.target.get('dataset.seed', '')}".strip()
+    elif one.target.get("dataset.path", "null") != "null":
+        world = f"{world} {Path(one.target['dataset.path']).name}"
+    return f"{world}, reward models" if one.kind == "rm" else f"{world}, reward {_reward(one)}"
+
+
+def _reward(one: RunSet) -> str:
+    """Return the name of the reward: of the first of several models, or of the config's block."""
+    given = one.target.get("reward_model", "[]").strip("[]")
+    return Path(given.split(",")[0].strip("'\" ")).name if given else one.target.get("reward.name", "unknown")
+
+
+def _name(key: str) -> str:
+    return NAMES.get(key.partition(".")[0], key.partition(".")[0])
+
+
+def _values(keys: Sequence[str], values: dict[str, str]) -> str:
+    texts = {key: values.get(key, EVALUATE_DEFAULTS.get(key, "null")) for key in keys[:SHOWN_KEYS]}
+    shown = [f"{key}={text[:SHOWN_CHARACTERS]}" for key, text in texts.items()]
+    return ", ".join(shown) + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
