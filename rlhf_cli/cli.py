@@ -46,7 +46,8 @@ class CommandWithGroups(TyperCommand):
         name = str(self.name)
         catalog = Catalog("train-sft" if name == "data" else name, _config_dir(ctx.meta.get("rlhf.args", [])))
         with formatter.section("Config groups (GROUP=CHOICE; * is the default)"):
-            formatter.write_dl([(group, _shown(catalog, group)) for group in catalog.groups])
+            sweeps = [("sweep", f"{', '.join(catalog.choices('sweep'))} (with -m)")] if name == "align" else []
+            formatter.write_dl([*((group, _shown(catalog, group)) for group in catalog.groups), *sweeps])
         with formatter.section("Examples"):
             for example in EXAMPLES[name]:
                 formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
@@ -165,13 +166,28 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of run folders.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Where table and figures go.", show_default=False)] = None,
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders, folders that hold some, or a glob: 'runs/**'.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Where all files go.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help="The row that others are compared with, by its name in the table; kl_ppo, else sft, by default.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", metavar="METRIC", help="Order the rows by a metric, best first.", show_default=False),
+    ] = None,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Log the comparison to W&B, as a run of its own.")] = False,
 ) -> None:
-    """Put finished runs side by side, policies or reward models: one table, two figures."""
+    """Put runs side by side, policies or reward models: tables with intervals, figures, one HTML page."""
     from rlhf_cli.stages import compare as stage
 
-    stage.run(runs, out)
+    stage.run(runs, out, baseline=baseline, rank=rank, wandb=wandb)
 
 
 @app.command(cls=CommandWithGroups)
@@ -216,19 +232,25 @@ def _multirun(command: str, overrides: list[str], config_dir: Path | None) -> No
     from rlhf_cli import jobs
     from rlhf_cli.config import compose
 
-    outcomes = jobs.multirun(command, overrides, config_dir)
+    sweep = jobs.plan(command, overrides, config_dir)
+    outcomes = jobs.multirun(command, sweep, config_dir)
+    folders = [Path(outcome["run_dir"]) for outcome in outcomes if outcome["run_dir"] is not None]
     finished = [Path(outcome["run_dir"]) for outcome in outcomes if outcome["failure"] is None]
-    failed = [outcome["job"] for outcome in outcomes if outcome["failure"] is not None]
-    if command in ("align", "train-rm") and len(finished) >= 2:
+    failed = [outcome for outcome in outcomes if outcome["failure"] is not None]
+    if command in ("align", "train-rm") and finished and len(outcomes) >= 2:
         from rlhf_cli.stages import compare as stage
 
         given = [item for item in compose.parse(overrides) if item.key_or_group == "run_dir"]
         one_place = given and not given[-1].is_sweep_override() and given[-1].value() is not None
         digest = sha256("\n".join(sorted(path.name for path in finished)).encode()).hexdigest()[:8]
-        stage.run(finished, Path(str(given[-1].value())) if one_place else finished[0].parent / f"compare-{digest}")
+        out = Path(str(given[-1].value())) if one_place else finished[0].parent / f"compare-{digest}"
+        lost = [(outcome["job"], outcome["reason"]) for outcome in failed if outcome["run_dir"] is None]
+        stage.run(folders, out, failed=lost, rank=sweep.rank or sweep.objective)
+    if found := jobs.best(outcomes, sweep):
+        typer.echo(found)
     if failed:
         error = RunError(
-            f"{len(failed)} of {len(outcomes)} jobs failed: {'; '.join(failed)}",
+            f"{len(failed)} of {len(outcomes)} jobs failed: {'; '.join(outcome['job'] for outcome in failed)}",
             "The reason of each is printed above",
             "Mend it and run the same command again: finished jobs are not repeated",
         )

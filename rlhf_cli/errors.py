@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+RUN_FOLDER = "run folder: "  # begins the note on an error that names the folder a failed run left
+
 
 class UserError(Exception):
     """A mistake the user can mend. Printed as one line; the command ends with exit code 2.

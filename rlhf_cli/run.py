@@ -124,6 +124,7 @@ class Run:
                     run_dir=directory,
                     name=name or directory.resolve().name,
                     group=group,
+                    job_type=command,
                     config=config,
                     tags=[command, *tags],
                     run_id=run._run_id,

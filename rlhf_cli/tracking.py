@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,9 @@ from typing import Any, Protocol
 
 from rlhf_cli.config.schema import TrackerConfig
 from rlhf_cli.errors import RunError
+from rlhf_cli.wandb_run import first_line, open_wandb
 
 logger = logging.getLogger(__name__)
-
-ONLINE_START_SECONDS = 6.0  # imports and the offline start come on top; together they must stay below 10
-FINISH_SECONDS = 30.0  # how long an upload may hold up the end of a run; the rest stays on disk
 
 
 class Tracker(Protocol):
@@ -76,7 +73,9 @@ class ForgivingTracker:
             yield
         except Exception as error:
             if not self._warned:
-                logger.warning("the tracker failed and may miss data (%s); the run folder has everything", _text(error))
+                logger.warning(
+                    "the tracker failed and may miss data (%s); the run folder has everything", first_line(error)
+                )
             self._warned = True
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -144,42 +143,6 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-class WandbTracker:
-    """A Weights & Biases run, online or offline, that has been started."""
-
-    def __init__(self, run: Any, *, online: bool) -> None:
-        self._run = run
-        self._folder = Path(run.dir).parent  # wandb's own folder of this run; run.dir is its files/
-        self.where = str(run.url) if online else f"offline; to upload: wandb sync {self._folder}"
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Add a point to the curves; wandb drops a step it already has."""
-        self._run.log(metrics, step=step)
-
-    def summary(self, metrics: dict[str, float]) -> None:
-        """Set the run's summary."""
-        self._run.summary.update(metrics)
-
-    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        """Log a table."""
-        import wandb
-
-        columns: list[str | int] = list(rows[0]) if rows else []
-        data = [[row.get(str(column)) for column in columns] for row in rows]
-        with _staging(self._folder):
-            self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
-
-    def figure(self, name: str, path: Path) -> None:
-        """Log an image."""
-        import wandb
-
-        self._run.log({f"figures/{name}": wandb.Image(str(path))})
-
-    def close(self, *, failed: bool = False) -> None:
-        """Finish the run; an upload gives up after FINISH_SECONDS."""
-        self._run.finish(exit_code=int(failed))
-
-
 def check_tracker(cfg: TrackerConfig) -> None:
     """Refuse a tracker whose package is missing; imports nothing.
 
@@ -197,6 +160,7 @@ def open_tracker(
     run_dir: Path,
     name: str,
     group: str,
+    job_type: str,
     config: dict[str, Any],
     tags: list[str],
     run_id: str,
@@ -208,6 +172,7 @@ def open_tracker(
         run_dir: the run folder, where every local file goes.
         name: the run's name.
         group: the group where cfg has none.
+        job_type: what the run does: the command.
         config: the full config, shown beside the run.
         tags: labels added to those of cfg.
         run_id: stable over continuations of one run, so that they are one run in the tracker too.
@@ -222,60 +187,23 @@ def open_tracker(
         if cfg.name == "tensorboard":
             return ForgivingTracker(TensorBoardTracker(run_dir, config))
         labels = list(dict.fromkeys([*cfg.tags, *tags]))
-        identity = {"project": cfg.project, "entity": cfg.entity, "group": cfg.group or group, "tags": labels}
-        return _open_wandb({**identity, "dir": str(run_dir), "name": name, "config": config, "id": run_id})
+        place = {"project": cfg.project, "entity": cfg.entity, "dir": str(run_dir), "id": run_id}
+        identity = {"group": cfg.group or group, "job_type": job_type, "name": name, "tags": labels, "config": config}
+        tracker = open_wandb({**place, **identity}, _logged(run_dir / "training_log.jsonl"))
+        return NoTracker() if tracker is None else ForgivingTracker(tracker)
     except Exception as error:
-        logger.warning("tracker=%s could not start (%s); going on without it", cfg.name, _text(error))
+        logger.warning("tracker=%s could not start (%s); going on without it", cfg.name, first_line(error))
         return NoTracker()
 
 
-def _open_wandb(arguments: dict[str, Any]) -> Tracker:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its upload can hold up the exit for 10 s without network
-    import wandb
-
-    mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
-    if mode == "disabled":
-        return NoTracker()
-    if mode not in ("offline", "dryrun"):
+def _logged(log: Path) -> list[tuple[dict[str, float], int]]:
+    """Return (finite metrics, step) of each line of a training log, up to one that a crash cut short."""
+    points = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
-            if wandb.login(prompt=False, verify=False):
-                run = wandb.init(**arguments, mode="online", resume="allow", settings=_wandb_settings())
-                return ForgivingTracker(WandbTracker(run, online=True))
-        except Exception as error:
-            logger.warning("W&B cannot be reached (%s); tracking offline", _text(error))
-            wandb.teardown()  # frees the run id
-        # Stays for the process, so that the next jobs of a multirun do not try again.
-        wandb.setup(settings=wandb.Settings(silent=True, mode="offline"))
-    run = wandb.init(**arguments, mode="offline", settings=_wandb_settings())
-    return ForgivingTracker(WandbTracker(run, online=False))
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[None]:
-    """Let wandb stage a table beside its run, not in the home folder, where a later `wandb sync` may miss it."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["WANDB_DATA_DIR"]
-
-
-def _wandb_settings() -> Any:
-    import wandb
-
-    return wandb.Settings(
-        silent=True,
-        console="off",
-        x_disable_stats=True,
-        save_code=False,
-        init_timeout=ONLINE_START_SECONDS,
-        finish_timeout=FINISH_SECONDS,
-    )
-
-
-def _text(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+            values = json.loads(line)
+        except ValueError:
+            break
+        step = values.pop("step")
+        points.append(({key: value for key, value in values.items() if value is not None}, step))
+    return points

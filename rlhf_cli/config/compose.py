@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HYDRA_VERSION_BASE = "1.3"
 RECORD_FILE = "overrides.json"
+SWEEP = "sweep"  # the group of sweeps: no part of a run's config
 
 
 def load(command: str, overrides: list[str], config_dir: Path | None = None) -> CommandConfig:
@@ -108,6 +109,9 @@ def check_override(override: Override, catalog: Catalog) -> None:
         raise ConfigError(f"{override.input_line} is not possible", todo="Write KEY=VALUE with a key of the config")
     if key == "hydra.searchpath":
         raise ConfigError("hydra.searchpath is set by rlhf itself", todo="Use --config-dir for a directory of your own")
+    if key == SWEEP:
+        todo = f"Add -m: rlhf {catalog.command} -m {override.input_line}"
+        raise ConfigError(f"{override.input_line} is a sweep, and this is one run", todo=todo)
     if is_hydra(key):
         return
     if key not in catalog.groups and ("/" in key or catalog.choices(key)):

@@ -45,9 +45,11 @@ class Compare(ModuleType):
     def __init__(self) -> None:
         super().__init__("compare")
         self.calls: list = []
+        self.options: list = []
 
-    def run(self, run_dirs, out=None) -> None:
+    def run(self, run_dirs, out=None, **options) -> None:
         self.calls.append((list(run_dirs), out))
+        self.options.append(options)
 
 
 @pytest.fixture
@@ -220,6 +222,9 @@ def test_a_failed_job_does_not_stop_the_others(rlhf: Rlhf, stages: dict[str, Sta
     assert "error: 1 of 3 jobs failed: algo=dpo. " in result.stderr
     assert "Traceback" not in result.stderr
     assert len(stages["compare"].calls[0][0]) == 2
+    assert stages["compare"].options == [{"failed": [("algo=dpo", "no pairs are left.")], "rank": None}], (
+        "it left no folder"
+    )
 
 
 def test_a_bug_in_a_job_keeps_its_traceback(rlhf: Rlhf, stages: dict[str, Stage]) -> None:
@@ -278,7 +283,13 @@ def test_job_names_are_safe_and_distinct() -> None:
 def test_compare_hands_on_its_folders(rlhf: Rlhf, stages: dict[str, Stage]) -> None:
     assert rlhf("compare", "a", "b", "--out", "c").exit_code == 0
     assert rlhf("compare", "a").exit_code == 0
-    assert stages["compare"].calls == [([Path("a"), Path("b")], Path("c")), ([Path("a")], None)]
+    assert stages["compare"].calls == [(["a", "b"], Path("c")), (["a"], None)]
+    assert rlhf("compare", "runs/**", "--baseline", "pm", "--rank", "gold/tv", "--wandb").exit_code == 0
+    assert stages["compare"].calls[2] == (["runs/**"], None)
+    assert stages["compare"].options[1:] == [
+        {"baseline": None, "rank": None, "wandb": False},
+        {"baseline": "pm", "rank": "gold/tv", "wandb": True},
+    ]
 
 
 def test_data_prints_the_world(rlhf: Rlhf) -> None:

@@ -11,22 +11,25 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli import tracking
+from rlhf_cli import wandb_run
 from rlhf_cli.config.schema import TrackerConfig
 from rlhf_cli.errors import RunError
-from rlhf_cli.tracking import ForgivingTracker, NoTracker, Tracker, WandbTracker, open_tracker
+from rlhf_cli.stages.compare_wandb import publish
+from rlhf_cli.tracking import ForgivingTracker, NoTracker, Tracker, open_tracker
+from rlhf_cli.wandb_run import WandbTracker
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"  # 40 characters, as wandb wants them
 ROWS = [{"prompt": "p", "reward": 0.5}, {"prompt": "q", "reward": None}]
 
 
 def config(name: str, **changes: Any) -> TrackerConfig:
-    return TrackerConfig(**({"name": name, "project": "rlhf", "entity": None, "group": None, "tags": []} | changes))
+    blank = {"project": "rlhf", "entity": None, "group": None, "run_name": None, "tags": []}
+    return TrackerConfig(**({"name": name, **blank} | changes))
 
 
 def start(cfg: TrackerConfig, run_dir: Path) -> Tracker:
-    arguments = {"name": "run", "group": "pm", "config": {"algo": {"beta": 1.0}}, "tags": ["align"], "run_id": "abc123"}
-    return open_tracker(cfg, run_dir=run_dir, **arguments)
+    arguments = {"name": "run", "group": "pm", "job_type": "align", "tags": ["align"], "run_id": "abc123"}
+    return open_tracker(cfg, run_dir=run_dir, config={"algo": {"beta": 1.0}}, **arguments)
 
 
 def use_everything(tracker: Tracker, figure: Path) -> None:
@@ -71,13 +74,15 @@ class FakeRun:
     """A started wandb run that remembers what it was told."""
 
     def __init__(self, dir: str) -> None:
-        self.dir, self.url, self.summary, self.logged, self.ended = (
-            f"{dir}/wandb/run-1/files",
-            "https://x/y",
-            {},
-            [],
-            None,
-        )
+        self.dir, self.url = f"{dir}/wandb/run-1/files", "https://x/y"
+        self.summary: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, Any], int | None]] = []
+        self.defined: dict[str, tuple[str, str | None]] = {}
+        self.ended: int | None = None
+
+    def define_metric(self, name: str, step_metric: str, summary: str | None) -> None:
+        assert name not in self.defined, "once a key"
+        self.defined[name] = (step_metric, summary)
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         self.logged.append((values, step))
@@ -158,6 +163,7 @@ def test_wandb_with_an_account_is_online_and_resumable(run_dir: Path, monkeypatc
         "project": "rlhf",
         "entity": "team",
         "group": "pm",
+        "job_type": "align",
         "tags": ["mine", "align"],
         "dir": str(run_dir),
         "name": "run",
@@ -224,11 +230,51 @@ def test_a_tracker_that_cannot_start_is_a_warning(
 def test_wandb_gets_steps_summary_and_exit_code(run_dir: Path) -> None:
     run = FakeRun(str(run_dir))
     tracker = WandbTracker(run, online=True)
-    tracker.log({"train/loss": 0.5}, 7)
-    tracker.summary({"pm/tv": 0.25})
+    tracker.log({"kl/per_token": 0.5}, 7)
+    tracker.summary({"kl/per_token": 0.25})
     tracker.close(failed=True)
-    assert run.logged == [({"train/loss": 0.5}, 7)]
-    assert (run.summary, run.ended) == ({"pm/tv": 0.25}, 1)
+    assert run.logged == [({"step": 7, "kl/per_token": 0.5}, 7), ({}, None)], "{} sends the point that waits"
+    assert (run.summary, run.ended) == ({"kl/per_token": 0.25}, 1)
+
+
+def test_wandb_is_told_axis_and_summary_of_each_curve(run_dir: Path) -> None:
+    run = FakeRun(str(run_dir))
+    tracker = WandbTracker(run, online=True)
+    for step, value in ((0, 0.5), (2, 0.1), (4, float("nan")), (6, 0.3)):
+        tracker.log({"pm/tv": value, "rm/accuracy": value, "kl/per_token": value, "not/ours": value}, step)
+    assert run.defined == {
+        "pm/tv": ("step", "min,last"),  # less is better
+        "rm/accuracy": ("step", "max,last"),
+        "kl/per_token": ("step", None),  # neither is
+        "not/ours": ("step", None),
+    }
+    tracker.summary({"pm/tv": 0.2, "rm/accuracy": 0.9, "kl/per_token": 0.7, "gold/tv": 0.4})
+    assert run.summary == {
+        "pm/tv": {"min": 0.1, "last": 0.2},  # the final number, though the curve ended at 0.3
+        "rm/accuracy": {"max": 0.9, "last": 0.9},  # and it may be the best
+        "kl/per_token": 0.7,
+        "gold/tv": 0.4,  # not followed as a curve
+    }
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_continued_run_repeats_its_curves_only_where_nobody_has_them(run_dir: Path, online: bool) -> None:
+    run = FakeRun(str(run_dir))
+    tracker = WandbTracker(run, online=online, earlier=[({"pm/tv": 0.1}, 0), ({"pm/tv": 0.4}, 2)])
+    tracker.log({"pm/tv": 0.3}, 4)
+    tracker.summary({"pm/tv": 0.3})
+    steps = [step for _, step in run.logged if step is not None]
+    assert steps == ([4] if online else [0, 2, 4])
+    assert run.summary == {"pm/tv": {"min": 0.1, "last": 0.3}}, "the best is known either way"
+
+
+def test_a_continued_run_reads_its_log(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ['{"step": 0, "pm/tv": 0.5, "loss": null}', '{"step": 2, "pm/tv": 0.4}', '{"step": 4, "pm']
+    (run_dir / "training_log.jsonl").write_text("\n".join(lines))
+    fake, runs = fake_wandb(monkeypatch, account=False), []
+    fake.init = lambda **arguments: runs.append(FakeRun(arguments["dir"])) or runs[0]
+    start(config("wandb"), run_dir)
+    assert runs[0].logged == [({"step": 0, "pm/tv": 0.5}, 0), ({"step": 2, "pm/tv": 0.4}, 2)]
 
 
 def test_failures_of_a_tracker_are_one_warning(figure: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -282,7 +328,7 @@ def test_a_real_wandb_without_account_writes_into_the_run_folder(
 def test_a_real_wandb_whose_server_is_gone_falls_back_within_ten_seconds(
     run_dir: Path, figure: Path, bare_wandb: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bare_wandb.setattr(tracking, "ONLINE_START_SECONDS", 1.0)
+    bare_wandb.setattr(wandb_run, "ONLINE_START_SECONDS", 1.0)
     bare_wandb.setenv("WANDB_API_KEY", FAKE_KEY)
     bare_wandb.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: closed
     began = time.monotonic()
@@ -291,3 +337,54 @@ def test_a_real_wandb_whose_server_is_gone_falls_back_within_ten_seconds(
     use_everything(tracker, figure)
     assert is_written_offline(run_dir, b"train/loss", b"pm/tv")
     assert "W&B cannot be reached" in caplog.text
+
+
+# --- a comparison as a run of its own ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, figure: Path) -> Path:
+    out = tmp_path / "comparison"
+    (out / "figures").mkdir(parents=True)
+    figure.rename(out / "figures" / "bars.png")
+    (out / "compare.html").write_text("<p>all of it</p>")
+    (out / "rows.csv").write_text("a,b")
+    return out
+
+
+def published(out: Path, trackers: list[dict[str, Any]]) -> str:
+    figures = [out / "figures" / "bars.png"]
+    return publish(out, "Two: of a kind", ROWS, figures, out / "compare.html", trackers)
+
+
+def test_a_comparison_is_a_run_beside_those_it_compares(comparison: Path, bare_wandb: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    asked: list[dict[str, Any]] = []
+    init = wandb.init
+    bare_wandb.setattr(wandb, "init", lambda **arguments: asked.append(arguments) or init(**arguments))
+    place = {"project": "mine", "entity": None}
+    where = published(comparison, [{**place, "group": "pm_grid"}, {**place, "group": "pm_grid"}])
+    published(comparison, [{**place, "group": "pm_grid"}, {**place, "group": "rpo"}])
+    assert where.startswith(f"offline; to upload: wandb sync {comparison / 'wandb'}")
+    told = [{key: one[key] for key in ("project", "group", "job_type", "name")} for one in asked]
+    assert told[0] == {"project": "mine", "group": "pm_grid", "job_type": "compare", "name": "Two: of a kind"}
+    assert told[1]["group"] is None, "of two groups it is in neither"
+    assert asked[0]["id"] != asked[1]["id"]
+
+
+def test_a_comparison_that_cannot_be_logged_says_that_it_is_complete(
+    comparison: Path, bare_wandb: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    bare_wandb.setattr(wandb, "Table", lambda **_: 1 / 0)
+    with pytest.raises(RunError, match=r"could not be logged to W&B\. division by zero\. Its files are complete in"):
+        published(comparison, [])
+    assert wandb.run is None, "closed"
+
+
+def test_a_comparison_leaves_a_disabled_wandb_alone(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = fake_wandb(monkeypatch, mode="disabled")
+    assert published(comparison, []) == ""
+    assert fake.started == []
