@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test conformance benchmark reward-models lint clean
+.PHONY: help setup demo test browser-test conformance benchmark reward-models estimators studies lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -39,7 +39,14 @@ demo: setup ## Align the embedded survey world with four algorithms; prints the 
 	$(BIN)/rlhf align -m algo=kl_ppo,pm,dpo,rpo run_dir=runs/demo tracker=none
 
 test: setup ## Run the test suite, whole training runs left out
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
+# Playwright drives the Chromium on PATH, or brings its own.
+browser-test: setup ## Open the HTML report in a headless browser; installs the browser
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(PIP) playwright
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; \
+	$(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest tests/browser -m browser
 
 conformance: setup ## Check that each algorithm reaches its own optimum: worlds x seeds (long)
 	$(BIN)/python benchmarks/conformance.py
@@ -51,6 +58,13 @@ reward-models: setup ## Measure PCRM, length calibration and WARM, three worlds 
 	$(BIN)/python benchmarks/reward_models.py pcrm
 	$(BIN)/python benchmarks/reward_models.py calibration
 	$(BIN)/python benchmarks/reward_models.py warm
+
+estimators: setup ## Check that sampled metrics, pools and rankings are honest (minutes)
+	$(BIN)/python benchmarks/estimators.py
+
+studies: setup ## Preference collapse and over-optimisation, three seeds each (long)
+	$(BIN)/python benchmarks/studies.py collapse
+	$(BIN)/python benchmarks/studies.py overoptimisation
 
 lint: setup ## Check style, format and types
 	$(BIN)/python -m ruff check .

@@ -22,7 +22,12 @@ EXAMPLES = {
     ],
     "train-rm": ["rlhf train-rm reward=pcrm_length", "rlhf train-rm reward=warm reward.members=4 seed=1"],
     "align": ["rlhf align algo=pm", "rlhf align -m algo=kl_ppo,pm,dpo,rpo seed=0,1,2"],
-    "evaluate": ["rlhf evaluate policy=RUN_DIR checkpoint=best", "rlhf evaluate stage=rm policy=RUN_DIR"],
+    "evaluate": [
+        "rlhf evaluate policy=RUN_DIR checkpoint=best",
+        "rlhf evaluate policy=RUN_DIR reference=MODEL reward_model=[MODEL,MODEL] sampler.top_p=0.9",
+        "rlhf evaluate policy=RUN_DIR judge=openai judge.model=NAME",
+        "rlhf evaluate stage=rm policy=RUN_DIR",
+    ],
     "data": ["rlhf data", "rlhf data dataset=preferences dataset.path=FILE.jsonl"],
 }
 

@@ -32,12 +32,13 @@ KINDS = {
     "metric": rf"{NAME}(/{NAME})*",
     "release": r"\w+\(\)",  # a function of a paper's own code
 }
-CATALOG = Catalog("align", None)
+CATALOG = Catalog("evaluate", None)  # has every group
 SCHEMAS: dict[str, list[type]] = {
     "algo": [validate.algo_schema(name, CATALOG) for name in CATALOG.choices("algo")],
     "algo/constraint": [validate.PRIORS[name] for name in CATALOG.choices("algo/constraint")],
     "dataset": [schema.SurveyConfig, schema.TextConfig],
     "generation": [schema.GenerationConfig],
+    "judge": [schema.JudgeConfig],
     "model": [schema.ModelConfig],
     "reward": [validate.reward_schema(name, CATALOG) for name in CATALOG.choices("reward")],
     "trainer": [schema.TrainerConfig],
@@ -49,6 +50,7 @@ NO_EQUATION = {
     "rlhf_cli.algos.base.require_same_shape",
     "rlhf_cli.metrics.glossary.known",
     "rlhf_cli.metrics.glossary.describe",
+    "rlhf_cli.metrics.glossary.rankable",
     "rlhf_cli.metrics.preference.preference_metrics",
     "rlhf_cli.rewards.get",
 }
@@ -249,7 +251,7 @@ def test_what_is_not_built_is_not_there() -> None:
     texts = [path.read_text(encoding="utf-8") for path in sources()]
     built = set().union(*map(cited_papers, texts)) & cited_papers(NOT_BUILT) - cited_papers(BUILT)
     assert built == set(), "the code cites them: move their rows out of 'Not built yet'"
-    emitters = [path for path in sources() if path.suffix == ".py" and path.name != "glossary.py"]
+    emitters = [path for path in sources() if path.suffix == ".py" and not path.name.startswith("glossary")]
     constants = {
         node.value for path in emitters for node in ast.walk(tree(path))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -262,7 +264,7 @@ def test_what_is_not_built_is_not_there() -> None:
     ("check", "right", "wrong"),
     [
         (function_exists, "rlhf_cli.algos.ppo.gae", "rlhf_cli.algos.ppo.gone"),
-        (function_exists, "rlhf_cli.measure.sampled.PairMeasure.metrics", "rlhf_cli.measure.sampled.PairMeasure.gone"),
+        (function_exists, "rlhf_cli.measure.pairs.PairMeasure.metrics", "rlhf_cli.measure.pairs.PairMeasure.gone"),
         (function_exists, "rlhf_cli.algos", "rlhf_cli.gone.ppo"),
         (test_exists, "tests/unit/test_golden.py::test_token_rewards", "tests/unit/test_golden.py::test_gone"),
         (test_exists, "tests/unit/test_golden.py", "tests/unit/test_gone.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +51,8 @@ def offset_bound(
     what = {**(identity or {}), **_how(sampled), "set": set_hash, "prompts": token_hash(trained)}
     rows = (memo or Memo(None)).rows("offset", what, len(trained), compute, piece=len(trained), label="prompts")
     weight_off = torch.tensor([float(row["weight"]) for row in rows])
-    found = interval("optimum/offset_bound", (weight_off / (weight_on + weight_off)).numpy())
-    return {**found, "optimum/offset_bound/n": len(trained) * SAMPLES}
+    groups = np.array([question.index for question in enumeration.questions])[exact.trained.cpu().numpy()]
+    return interval("optimum/offset_bound", (weight_off / (weight_on + weight_off)).numpy(), groups=groups)
 
 
 def _how(sampled: SampledMeasure) -> dict[str, Any]:

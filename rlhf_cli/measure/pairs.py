@@ -32,6 +32,7 @@ class PairMeasure:
         sampling: how log-probs are read.
         memo: keeps what is read; None keeps nothing.
         identity: what the models are, for the memo: {"reward": …, "reference": …}.
+        groups: number of the question that each pair's prompt words, (N,); None: every prompt is a question of its own.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PairMeasure:
         sampling: Sampling,
         memo: Memo | None = None,
         identity: dict[str, dict[str, Any]] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
         self.sampling = sampling
         self.prompts = [pair["prompt_ids"] for pair in pairs] * 2
@@ -51,7 +53,8 @@ class PairMeasure:
         self.lengths = np.array([len(ids) for ids in self.responses])
         self.labels = np.array([pair.get("label", 1.0) for pair in pairs])
         numbers: dict[tuple[int, ...], int] = {}
-        self.group = np.array([numbers.setdefault(tuple(pair["prompt_ids"]), len(numbers)) for pair in pairs])
+        own = [numbers.setdefault(tuple(pair["prompt_ids"]), len(numbers)) for pair in pairs]
+        self.group = np.unique(own if groups is None else groups, return_inverse=True)[1]
         known = identity or {"reward": {}, "reference": {}}
         keeping = memo or Memo(None)
         raw = score(reward, self.prompts, self.responses, keeping, known["reward"], "rewards").double()
@@ -97,7 +100,7 @@ class PairMeasure:
         return {
             **interval("pm/pair_tv", self._by_prompt(gaps) / pairs),
             "pm/pair_ece": expected_calibration_error(probability, self.labels),
-            "pm/pair_length_difference": float(np.abs(first - second).mean()),
+            **interval_of("pm/pair_length_difference", _mean, self._by_prompt(np.abs(first - second)), pairs),
             **interval_of("perplexity/chosen", _perplexity, sums, self._by_prompt(first)),
             **interval_of("chosen_logps", _mean, sums, pairs),
             **interval_of("chosen_logps_change", _mean, self._by_prompt(chosen - before), pairs),

@@ -78,7 +78,13 @@ class Samples:
 
 
 def sample_metrics(
-    samples: Samples, rewards: Tensor, *, algorithm: Algorithm, algo: AlgoConfig, how: Sampling
+    samples: Samples,
+    rewards: Tensor,
+    *,
+    algorithm: Algorithm,
+    algo: AlgoConfig,
+    how: Sampling,
+    groups: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return the metrics of samples with their intervals over prompts.
 
@@ -90,20 +96,21 @@ def sample_metrics(
         rewards: as training used them, (N,).
         algorithm, algo: give beta and the effective reference of the conditional divergence.
         how: how the samples were drawn.
+        groups: number of the question that each prompt words, (P,); None: every prompt is a question of its own.
     """
     ended = torch.tensor([ids[-1] in how.eos_ids for ids in samples.responses], dtype=torch.float)
     lengths = torch.tensor([len(ids) for ids in samples.responses], dtype=torch.float)
     means = {"reward/mean": rewards, "length/mean": lengths}
-    found = share_interval("eos_rate", samples.table(ended).mean(-1))
+    found = share_interval("eos_rate", samples.table(ended).mean(-1), groups=groups)
     if how.of_policy:
         kl, entropy = samples.columns["kl"], samples.columns["entropy"]
         means |= {"kl/sequence": kl, "kl/per_token": kl / lengths, "entropy/per_token": entropy / lengths}
-        found |= _divergences(samples, rewards, algorithm, algo)
+        found |= _divergences(samples, rewards, algorithm, algo, groups)
     else:
         found |= {"sampler/temperature": how.sample_temperature, "sampler/top_p": how.top_p}
     for key, values in means.items():
-        found |= interval(key, samples.table(values).mean(-1))
-    return {**found, **_reward_metrics(samples.table(rewards), samples.table(lengths))}
+        found |= interval(key, samples.table(values).mean(-1), groups=groups)
+    return {**found, **_reward_metrics(samples.table(rewards), samples.table(lengths), groups)}
 
 
 def effective_logps(ref_token_logps: Sequence[np.ndarray], algorithm: Algorithm, algo: AlgoConfig) -> Tensor:
@@ -118,16 +125,18 @@ def effective_logps(ref_token_logps: Sequence[np.ndarray], algorithm: Algorithm,
     return masked_sum(algorithm.effective_reference(pad_sequence(rows, batch_first=True), algo), mask)
 
 
-def _reward_metrics(rewards: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    found = interval_of("reward/std", lambda drawn: drawn.std(ddof=1), rewards)
+def _reward_metrics(rewards: np.ndarray, lengths: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
+    found = interval_of("reward/std", lambda drawn: drawn.std(ddof=1), rewards, groups=groups)
     for count, best in best_of(rewards).items():
-        found |= interval(f"reward/best_of_{count}", best)
+        found |= interval(f"reward/best_of_{count}", best, groups=groups)
     if length_correlation(rewards, lengths) is not None:
-        found |= interval_of("reward/length_correlation", length_correlation, rewards, lengths)
+        found |= interval_of("reward/length_correlation", length_correlation, rewards, lengths, groups=groups)
     return found
 
 
-def _divergences(samples: Samples, rewards: Tensor, algorithm: Algorithm, algo: AlgoConfig) -> dict[str, float]:
+def _divergences(
+    samples: Samples, rewards: Tensor, algorithm: Algorithm, algo: AlgoConfig, groups: np.ndarray | None
+) -> dict[str, float]:
     """Return E ((r1 - r2) - (s1 - s2))^2 over pairs of samples of one prompt, plain, tempered and conditional."""
     ours, beta = samples.columns["logps"], algo.beta
     gaps = {"pm/divergence": rewards - ours, "pm_beta/divergence": rewards / beta - ours}
@@ -135,5 +144,5 @@ def _divergences(samples: Samples, rewards: Tensor, algorithm: Algorithm, algo: 
         gaps["optimum/divergence"] = rewards / beta - (ours - effective_logps(samples.ref_token_logps, algorithm, algo))
     found: dict[str, float] = {}
     for key, gap in gaps.items():
-        found |= interval(key, 2 * samples.table(gap).var(-1, ddof=1))  # unbiased for E (g1 - g2)^2
+        found |= interval(key, 2 * samples.table(gap).var(-1, ddof=1), groups=groups)  # unbiased for E (g1 - g2)^2
     return found

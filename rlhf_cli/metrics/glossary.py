@@ -25,9 +25,9 @@ BY = re.compile(r"by/([\w.-]+)/")  # another reward model as judge
 BEST_OF = re.compile(r"reward/best_of_([1-9]\d*)")
 
 SUFFIXES = {
-    "/lo": "lower end of the bootstrap 95 % interval over prompts",
-    "/hi": "upper end of the bootstrap 95 % interval over prompts",
-    "/n": "how many samples it rests on",
+    "/lo": "lower end of the 95 % interval over prompts",
+    "/hi": "upper end of the 95 % interval over prompts",
+    "/n": "how many prompts (in the survey world: questions) it rests on",
     "_max": "worst prompt",
 }
 
@@ -52,7 +52,7 @@ def describe(key: str) -> Metric:
     if notes:
         metric = replace(metric, meaning=f"{metric.meaning} ({', '.join(notes)})")
     # A count has no better direction, and is not in the metric's unit.
-    return replace(metric, unit="samples", better="none") if "/n" in suffixes else metric
+    return replace(metric, unit="prompts", better="none") if "/n" in suffixes else metric
 
 
 def rankable(key: str) -> Metric:

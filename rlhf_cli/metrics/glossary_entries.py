@@ -225,6 +225,7 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "kl/sequence": Metric("nats", "KL(policy || reference) summed over a response", "none"),
     "entropy/per_token": Metric("nats/token", "Exact entropy over the vocabulary, mean over response tokens", "none"),
+    "entropy/uniform": Metric("nats/token", "Entropy of the uniform distribution over the vocabulary", "none"),
     "length/mean": Metric("tokens", "Mean response length, end-of-sequence included", "none"),
     "eos_rate": Metric("share", "Responses that end by themselves within the token limit", "higher"),
     **DIVERSITY,

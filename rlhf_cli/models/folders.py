@@ -14,15 +14,15 @@ from rlhf_cli.models.reward import CENTRE_FILE
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite"]
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of what decides the output of the model in `folder`: weights, architecture, reading."""
+    """Return the sha256 of what decides what the model in `folder` says: weights, architecture, tokenizer, reading."""
     digest = sha256()
     names = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
-    for name in sorted([*names, "config.json", CENTRE_FILE, CALIBRATION_FILE]):
+    for name in sorted([*names, *TOKENIZER, "merges.txt", "config.json", CENTRE_FILE, CALIBRATION_FILE]):
         if (folder / name).is_file():
             seen = (folder / name).stat()
             changed = (seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
@@ -64,7 +64,7 @@ def model_folder(key: str, given: str) -> Path:
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether the model in `folder` brings a tokenizer of its own."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
+    return any((folder / name).is_file() for name in TOKENIZER)
 
 
 def is_reward_model(folder: Path) -> bool:

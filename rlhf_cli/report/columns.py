@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf_cli.metrics.glossary import describe
@@ -14,11 +14,15 @@ REASON_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of the table, or its relative improvement over the baseline; a header is short, so that many fit."""
+    """A metric of the table, or what it changes from the baseline; a header is short, so that many fit.
+
+    `versus`: the relative improvement. `difference`: the paired difference.
+    """
 
     key: str
     header: str
     versus: bool = False
+    difference: bool = False
 
 
 SURVEY = (
@@ -35,6 +39,8 @@ SURVEY = (
     Column("pm/divergence", "div vs B", versus=True),
     Column("reward/mean", "reward"),
     Column("kl/sequence", "drift"),
+    Column("win_rate/gold", "gold wins"),
+    Column("win_rate/llm", "judge wins"),
 )
 TEXT = (
     Column("pm/tv", "TV"),
@@ -48,6 +54,7 @@ TEXT = (
     Column("kl/sequence", "drift"),
     Column("distinct_2", "variety"),
     Column("win_rate/rm", "wins"),
+    Column("win_rate/llm", "judge wins"),
     Column("entropy/per_token", "entropy"),
     Column("length/mean", "length"),
     Column("eos_rate", "ends"),
@@ -64,11 +71,24 @@ REWARD = (
     Column("rm/score_policy_beyond", "beyond"),
 )
 COLUMNS: dict[Kind, tuple[Column, ...]] = {"exact": SURVEY, "text": TEXT, "rm": REWARD}
-# What a narrow terminal goes without, first to last.
-EXPENDABLE: dict[Kind, tuple[str, ...]] = {
-    "exact": ("optimum", "worst", "diverg.", "people", "target", "drift", "KL"),
-    "text": ("entropy", "KL", "diverg.", "ends", "length", "drift", "variety"),
-    "rm": ("beyond", "damage", "scale"),
+DIVERGENCE = ("diverg.", "div vs B")
+# What a narrow terminal goes without, first to last; those of one tuple go together.
+EXPENDABLE: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "exact": (
+        *(("judge wins",), ("gold wins",), ("optimum",), ("worst",), DIVERGENCE),
+        *(("people",), ("target",), ("drift",), ("KL",)),
+    ),
+    "text": (
+        *(("judge wins",), ("entropy",), ("ends",), ("length",), DIVERGENCE),
+        *(("KL",), ("drift",), ("variety",)),
+    ),
+    "rm": (("beyond",), ("damage",), ("scale",)),
+}
+# A policy that collapsed has next to no divergence, so it is shown only beside what tells of a collapse.
+BESIDE_DIVERGENCE: dict[Kind, tuple[str, ...]] = {
+    "exact": ("TV", "KL", "minority", "off-set"),
+    "text": ("TV", "KL"),
+    "rm": (),
 }
 
 
@@ -76,15 +96,43 @@ def columns(comparison: Comparison) -> list[Column]:
     """Return the columns for which any row has a number."""
 
     def there(column: Column) -> bool:
-        of = (row.improvement if column.versus else row.cells for row in comparison.rows)
-        return any(column.key in found for found in of)
+        cells = [row.cells[column.key] for row in comparison.rows if column.key in row.cells]
+        # A row that collapsed has no share of the baseline's divergence: the column says so.
+        return any(cell.difference is not None for cell in cells) if column.versus else bool(cells)
 
     return [column for column in COLUMNS[comparison.kind] if there(column)]
+
+
+def file_columns(comparison: Comparison) -> list[Column]:
+    """Return the columns of files: those of the terminal, and the paired difference of the ranking metric."""
+    shown, key = columns(comparison), comparison.rank_by
+    rows = [row for row in comparison.rows if key in row.cells]
+    if key is None or not any(row.cells[key].difference for row in rows):
+        return shown
+    places = [place for place, column in enumerate(shown) if column.key == key]
+    header = next((shown[place].header for place in places if not shown[place].versus), key)
+    after = places[-1] + 1 if places else 0
+    return [*shown[:after], Column(key, f"Δ{header}", difference=True), *shown[after:]]
+
+
+def fitting(comparison: Comparison, width: Callable[[Sequence[Column]], int], limit: int) -> list[Column]:
+    """Return the columns of a table no wider than `limit`, as far as there are columns to go without."""
+    shown = columns(comparison)
+    for headers in EXPENDABLE[comparison.kind]:
+        if width(shown) <= limit:
+            break
+        shown = [column for column in shown if column.header not in headers]
+    if not {column.header for column in shown}.issuperset(BESIDE_DIVERGENCE[comparison.kind]):
+        shown = [column for column in shown if column.header not in DIVERGENCE]
+    return shown
 
 
 def meaning(column: Column, comparison: Comparison) -> str:
     """Return what a column says, with unit and direction."""
     metric = describe(column.key)
+    if column.difference:
+        direction = f" [{better(metric.better)}]" if metric.better != "none" else ""
+        return f"{column.key} minus the baseline's over the seeds that both have{direction}"
     if column.versus:
         return f"{column.key} lower than the baseline's, relative to it [%, higher is better]"
     on_pools = comparison.kind == "text" and column.key.startswith(("pm/tv", "pm/kl_"))
@@ -133,7 +181,10 @@ def _baseline(comparison: Comparison) -> list[str]:
         line = f"B, the baseline: the one of nearest beta of {', '.join(names)}; compare.csv names it for each row."
     if any(row.improvement for row in compared):
         line += " vs B: over the seeds that both have."
-    return [line]
+    lines = [line]
+    if any(row.cells[key].unsure for row in compared for key in row.improvement):
+        lines.append("~: the 95 % interval of the paired difference from B contains 0.")
+    return lines
 
 
 def _sampler(comparison: Comparison) -> list[str]:
@@ -151,4 +202,6 @@ def _intervals(comparison: Comparison) -> list[str]:
         lines.append("±: half of the 95 % interval of the mean over training seeds (Student's t).")
     if "prompts" in sources:
         lines.append("[low, high]: one seed alone, bootstrap 95 % interval over prompts; other seeds may differ more.")
+    if not all(cell.finite for row in comparison.rows for cell in row.cells.values()):
+        lines.append("∞: not finite in a seed at least, so without an interval and a rank.")
     return lines

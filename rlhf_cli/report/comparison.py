@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from rlhf_cli.errors import DataError
 from rlhf_cli.metrics.glossary import GLOSSARY, describe, known
-from rlhf_cli.metrics.guard import crossed
-from rlhf_cli.metrics.seeds import Interval, mean_interval, paired
-from rlhf_cli.report.run_groups import REFERENCE, Kind, Run, group_runs, reference_runs
+from rlhf_cli.metrics.seeds import paired
+from rlhf_cli.report.cells import Cell, cells, flags, metric_keys
+from rlhf_cli.report.run_groups import Kind, Run, group_runs, reference_runs
 
 BASELINE = "kl_ppo"
 # The relative improvement over the baseline is shown for these.
 IMPROVED = ("pm/tv", "pm/divergence")
 DEFAULT_RANKS = ("pm/tv", "reward/mean", "rm/log_loss", "rm/accuracy")
-INTERVAL_ENDS = ("/lo", "/hi", "/n")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A metric of a row: mean over `seeds` runs with its 95 % interval, and the paired difference from the baseline.
-
-    `source` says over what the interval is: training seeds, the prompts of the one run, or that there is none.
-    """
-
-    seeds: int
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    half: float | None = None
-    source: Literal["seeds", "prompts", "none"] = "none"
-    difference: Interval | None = None
 
 
 @dataclass
@@ -64,6 +46,10 @@ class Row:
     @property
     def algorithm(self) -> str:
         return self.runs[0].algorithm
+
+    @property
+    def is_reference(self) -> bool:
+        return self.runs[0].is_reference
 
 
 @dataclass(frozen=True)
@@ -171,49 +157,23 @@ def check_baseline(name: str, comparisons: Sequence[Comparison]) -> None:
         raise DataError(f"--baseline {name!r} is no row", why, f"Did you mean {near[0]!r}?" if near else "Name one")
 
 
-def metric_keys(metrics: Mapping[str, float]) -> list[str]:
-    """Return the keys of the metrics themselves, without the ends and counts of their intervals."""
-    return sorted(key for key in metrics if not key.endswith(INTERVAL_ENDS))
-
-
 def _rows(runs: Sequence[Run], kind: Kind) -> tuple[list[Row], list[Stopped]]:
     """Return the rows of the finished runs, the reference's first, and the unfinished runs under the same names."""
     everyone = list(runs)
     if kind != "rm":
-        everyone = [*reference_runs(runs), *(run for run in runs if run.algorithm != REFERENCE or not run.finished)]
+        references = reference_runs(runs)
+        there = {(run.algorithm, run.seed) for run in references}
+        # A policy that is the reference itself, by another name.
+        doubled = {id(run) for run in runs if run.finished and (run.algorithm, run.seed) in there}
+        others = (run for run in runs if not run.is_reference and id(run) not in doubled)
+        everyone = [*references, *others, *(run for run in runs if run.is_reference and not run.finished)]
     rows, stopped = [], []
     for name, group in group_runs(everyone).items():
         finished = [run for run in group if run.finished]
         if finished:
-            rows.append(Row(name, finished, _cells(finished), _flags(finished)))
+            rows.append(Row(name, finished, cells(finished), flags(finished)))
         stopped += [Stopped(name, run.seed, run.state, run.reason) for run in group if not run.finished]
     return rows, stopped
-
-
-def _cells(group: Sequence[Run]) -> dict[str, Cell]:
-    cells = {}
-    for key in dict.fromkeys(key for run in group for key in metric_keys(run.metrics)):
-        having = [run for run in group if key in run.metrics]
-        found = mean_interval([run.metrics[key] for run in having])
-        if found.half is not None:
-            cells[key] = Cell(found.count, found.mean, found.low, found.high, found.half, "seeds")
-            continue
-        low, high = (having[0].metrics.get(f"{key}{end}") for end in ("/lo", "/hi"))
-        if low is not None and high is not None:
-            cells[key] = Cell(1, found.mean, low, high, None, "prompts")
-        else:
-            cells[key] = Cell(found.count, found.mean)
-    return cells
-
-
-def _flags(group: Sequence[Run]) -> list[str]:
-    """Return the bounds of collapse that the mean over seeds crosses, or else those that single seeds cross."""
-    keys = {key for run in group for key in run.metrics}
-    values = {key: [run.metrics[key] for run in group if key in run.metrics] for key in keys}
-    of_mean = crossed({key: sum(found) / len(found) for key, found in values.items()})
-    if of_mean or len(group) == 1:
-        return of_mean
-    return [f"seed {run.seed}: {sentence}" for run in group for sentence in crossed(run.metrics)]
 
 
 def _baselines(rows: Sequence[Row], kind: Kind, named: str | None) -> list[Row]:
@@ -221,7 +181,7 @@ def _baselines(rows: Sequence[Row], kind: Kind, named: str | None) -> list[Row]:
     chosen = [row for row in rows if row.name == named]
     if kind != "rm":
         chosen = chosen or [row for row in rows if row.algorithm == BASELINE]
-        chosen = chosen or [row for row in rows if row.algorithm == REFERENCE][:1]
+        chosen = chosen or [row for row in rows if row.is_reference][:1]
     return chosen if len(rows) > 1 else []
 
 
@@ -248,13 +208,15 @@ def _set_against_baseline(row: Row, baseline: Row | None) -> None:
     for key, cell in row.cells.items():
         ours, theirs = _by_seed(row, key), _by_seed(baseline, key)
         common = sorted(ours.keys() & theirs.keys())
-        if not common:
+        if not common or not all(math.isfinite(of[seed]) for of in (ours, theirs) for seed in common):
             continue
-        row.cells[key] = Cell(
-            cell.seeds, cell.mean, cell.low, cell.high, cell.half, cell.source, difference=paired(ours, theirs)
+        row.cells[key] = replace(
+            cell, difference=paired({seed: ours[seed] for seed in common}, {seed: theirs[seed] for seed in common})
         )
         before = sum(theirs[seed] for seed in common)
-        if key in IMPROVED and before > 0:
+        # A policy that collapsed has next to no divergence: a share of it, or from it, says nothing.
+        collapsed = "divergence" in key and (row.flags or baseline.flags)
+        if key in IMPROVED and before > 0 and cell.finite and not collapsed:
             row.improvement[key] = 100 * (before - sum(ours[seed] for seed in common)) / before
 
 
@@ -267,17 +229,19 @@ def _default_rank(rows: Sequence[Row]) -> str | None:
 
 
 def _rank(rows: Sequence[Row], key: str) -> list[str]:
-    """Give each row its rank by a metric, equal means the same one; return what to say about rows without one."""
+    """Give each row its rank by a metric, equal means the same one; return what to say about the ranks."""
     sign = -1 if describe(key).better == "higher" else 1
+    having = [row for row in rows if key in row.cells]
     # A policy that collapsed has no variance under itself, and so next to no divergence.
-    unfit = [row for row in rows if row.flags and key in row.cells] if key.endswith("/divergence") else []
-    values = {
-        row.name: sign * row.cells[key].mean
-        for row in rows
-        if key in row.cells and row not in unfit and math.isfinite(row.cells[key].mean)
-    }
-    for row in rows:
-        if row.name in values:
-            row.rank = 1 + sum(other < values[row.name] for other in values.values())
-    names = ", ".join(row.name for row in unfit)
-    return [f"Not ranked by {key}, which is near zero after a collapse too: {names}."] if unfit else []
+    unfit = [row for row in having if row.flags] if "divergence" in key else []
+    ranked = [row for row in having if row not in unfit and row.cells[key].finite]
+    values = [sign * row.cells[key].mean for row in ranked]
+    for row, value in zip(ranked, values, strict=True):
+        row.rank = 1 + sum(other < value for other in values)
+    notes = []
+    if unfit:
+        names = ", ".join(row.name for row in unfit)
+        notes.append(f"Not ranked by {key}, which is near zero after a collapse too: {names}.")
+    if len({tuple(sorted(_by_seed(row, key))) for row in ranked}) > 1:
+        notes.append("Not every row has the same seeds: ranks compare means over different seeds.")
+    return notes

@@ -7,12 +7,14 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlhf_cli.report.cells import metric_keys
 from rlhf_cli.report.columns import columns
-from rlhf_cli.report.comparison import Comparison, Row, metric_keys
+from rlhf_cli.report.comparison import Comparison, Row
 from rlhf_cli.report.run_groups import settings
 
 FIELDS = ["set", "policy", "status", "seeds", "metric", "mean", "lo", "hi", "half", "source", "baseline"]
 FIELDS += ["difference", "difference_lo", "difference_hi", "improvement_percent", "rank", "flagged"]
+FIELDS += ["rank_by", "n", "reason"]
 
 
 def rows_csv(comparisons: Sequence[Comparison]) -> str:
@@ -20,8 +22,10 @@ def rows_csv(comparisons: Sequence[Comparison]) -> str:
     lines: list[dict[str, Any]] = []
     for one in comparisons:
         for row in one.rows:
-            lines += [{"set": one.title, **line} for line in _lines(row)]
-        lines += [{"set": one.title, "policy": run.name, "status": run.state} for run in one.stopped]
+            lines += [{"set": one.title, "rank_by": one.rank_by, **line} for line in _lines(row)]
+        for run in one.stopped:
+            head = {"set": one.title, "policy": run.name, "status": run.state}
+            lines.append({**head, "reason": " ".join(run.reason.split())})
     return _csv(FIELDS, lines)
 
 
@@ -52,7 +56,10 @@ def summaries(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             line |= {"rank": row.rank, "flagged": "; ".join(row.flags), "baseline": row.baseline}
             for key in shown:
                 cell = row.cells.get(key)
-                line |= {key: None if cell is None else cell.mean, f"{key} ±": None if cell is None else cell.half}
+                line |= {
+                    key: cell.mean if cell is not None and cell.finite else None,
+                    f"{key} ±": None if cell is None else cell.half,
+                }
             found.append(line)
         found += [
             {"set": one.title, "policy": run.name, "status": f"{run.state}: {run.reason}".rstrip(": ")}
@@ -65,12 +72,15 @@ def summaries(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 def _lines(row: Row) -> list[dict[str, Any]]:
     lines = []
     for key, cell in sorted(row.cells.items()):
+        if key.startswith("reference/"):  # the reference has a row of its own
+            continue
         line = {"policy": row.name, "status": "finished", "seeds": cell.seeds, "metric": key, "mean": cell.mean}
         line |= {"lo": cell.low, "hi": cell.high, "half": cell.half, "source": cell.source, "baseline": row.baseline}
         if cell.difference is not None:
             line |= {"difference": cell.difference.mean}
             line |= {"difference_lo": cell.difference.low, "difference_hi": cell.difference.high}
         line |= {"improvement_percent": row.improvement.get(key), "rank": row.rank, "flagged": int(bool(row.flags))}
+        line["n"] = cell.prompts
         lines.append(line)
     return lines
 

@@ -9,9 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.metrics.guard import crossed
+from rlhf_cli.report.cells import finite
 from rlhf_cli.report.labels import Label, place_labels
-from rlhf_cli.report.run_groups import REFERENCE, Run
-from rlhf_cli.report.style import DPI, GREEK, GRID, REWARD_MODEL, STYLE, WIDTH, algorithm, hues, legend_columns
+from rlhf_cli.report.run_groups import Run
+from rlhf_cli.report.style import (
+    DPI,
+    GREEK,
+    GRID,
+    REFERENCE,
+    REWARD_MODEL,
+    STYLE,
+    WIDTH,
+    algorithm,
+    hues,
+    legend_columns,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +65,7 @@ def frontier_figure(groups: dict[str, list[Run]], path: Path) -> bool:
     """
     from matplotlib import rc_context
 
-    policies = {name: runs for name, runs in groups.items() if algorithm(name) != REFERENCE}
+    policies = {name: runs for name, runs in groups.items() if not any(run.is_reference for run in runs)}
     panels = {key: points for key in PANELS if (points := _points(policies, key))}
     if not panels:
         return False
@@ -72,15 +84,17 @@ def _points(groups: dict[str, list[Run]], key: str) -> list[Point]:
         algo = runs[0].config.get("algo", {})
         coefficients = {symbol: algo[symbol] for symbol in GREEK if symbol in algo}
         words = [word for word in name.split()[1:] if word.partition("=")[0] not in coefficients]
-        flagged = any(crossed(run.metrics) for run in runs)
+        flagged = any(crossed(finite(run.metrics)) for run in runs)
         points.append(Point(name, coefficients, " ".join(words), x, y, len(runs), flagged))
     return points
 
 
 def _span(runs: Iterable[Run], key: str) -> Span | None:
-    """Return (mean, lowest, highest) of a metric over runs, None where none has a finite value."""
-    values = [value for run in runs if (value := run.metrics.get(key)) is not None and math.isfinite(value)]
-    return (sum(values) / len(values), min(values), max(values)) if values else None
+    """Return (mean, lowest, highest) of a metric over runs, None where none has it or one is not finite."""
+    values = [run.metrics[key] for run in runs if key in run.metrics]
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    return sum(values) / len(values), min(values), max(values)
 
 
 def _reference(groups: dict[str, list[Run]], key: str) -> tuple[float, float] | None:
@@ -95,7 +109,7 @@ def _mean_of_reference(groups: dict[str, list[Run]], key: str) -> float | None:
         return 0.0
     seeds: dict[int, float] = {}
     for run in (run for runs in groups.values() for run in runs):
-        span = _span([run], key if run.algorithm == REFERENCE else f"reference/{key}")
+        span = _span([run], key if run.is_reference else f"reference/{key}")
         if span is not None:
             seeds.setdefault(run.seed, span[0])
     return sum(seeds.values()) / len(seeds) if seeds else None
@@ -193,11 +207,11 @@ def _panel(
         handles.setdefault(algorithm(point.name), axes.plot([], [], color=inks[point.name], **solid)[0])
     grey: dict[str, Any] = {"linestyle": "none", "color": REWARD_MODEL}
     if reference is not None:
-        shape = {"marker": "D", "markersize": 7, "zorder": 3, **grey}
+        shape = {"marker": "D", "markersize": 7, "zorder": 3, "linestyle": "none", "color": REFERENCE}
         handles["reference"] = axes.plot(*([value] for value in reference), **shape)[0]
     if any(point.flagged for point in points):
         shape = {"marker": "X", "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.3, **grey}
-        handles["collapsed: beyond a bound of the guard"] = axes.plot([], [], **shape)[0]
+        handles["flagged: beyond a bound of the guard"] = axes.plot([], [], **shape)[0]
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.margins(0.09)
@@ -215,8 +229,8 @@ def _align(panels: Sequence[Axes]) -> None:
 
 def _legend(figure: Figure, handles: dict[str, Any], *, several: bool) -> None:
     """Write below the panels what the colours and marks mean."""
-    ordered = sorted(handles, key=lambda words: (words.startswith("collapsed"), words == "reference"))
-    columns = min(len(ordered), max(2, legend_columns(["collapsed"])))
+    ordered = sorted(handles, key=lambda words: (words.startswith("flagged"), words == "reference"))
+    columns = min(len(ordered), max(2, legend_columns(["flagged"])))
     title = "point: mean over seeds; bars: from the lowest to the highest seed" if several else None
     place: dict[str, Any] = {"loc": "lower center", "ncols": columns, "frameon": False, "handletextpad": 0.2}
     figure.legend([handles[words] for words in ordered], ordered, title=title, title_fontsize=8, **place)

@@ -128,7 +128,7 @@ def _sample(line: Line) -> dict[str, Any]:
 def _reference(line: Line) -> dict[str, Any]:
     """Return the reference's sample; its tokens are not counted in completions.jsonl."""
     text, reward = str(line.get("reference") or ""), _finite(line.get("reference_reward"))
-    return {"text": text, "reward": reward, "gain": None, "tokens": None, "ended": True}
+    return {"text": text, "reward": reward, "gain": None, "tokens": None, "ended": line.get("reference_ended", True)}
 
 
 def _finite(value: Any) -> float | None:

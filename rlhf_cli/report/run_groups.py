@@ -10,10 +10,12 @@ from typing import Any, Literal
 Kind = Literal["exact", "text", "rm"]
 
 REFERENCE = "sft"
+OTHER_REFERENCE = "reference "  # one that the config does not train, by its name
 # Row order: from the policy everything starts at to the methods built on the baselines; others follow by name.
 ORDER = (REFERENCE, "kl_ppo", "pm", "dpm", "dpo", "rpo", "bt")
 # What cannot change a result: places, hardware, tracking, cadence of logs. Any other key separates runs into rows.
-IGNORED = {"seed", "run_dir", "store_dir", "device", "tracker", "policy", "stage"}
+# So are the judges: what a policy is judged by makes a set (run_sets.py), and no other policy.
+IGNORED = {"seed", "run_dir", "store_dir", "device", "tracker", "policy", "stage", "reward_model", "reference", "judge"}
 IGNORED_LEAVES = {"log_every_steps", "save_every_steps", "eval_every_steps", "sampler"}
 # The part of a config that makes the reference policy and the target it is measured against.
 REFERENCE_KEYS = ("model.", "dataset.", "reward.", "generation.", "trainer.sft.", "trainer.rm.")
@@ -24,8 +26,11 @@ EVALUATE_DEFAULTS = {
     "reward_model": "[]",
     "sampler.temperature": "1.0",
     "sampler.top_p": "1.0",
-    "judge.name": "none",
 }
+INTERVAL_ENDS = ("/lo", "/hi", "/n")
+# The target of an algorithm: the reference has none of its own.
+OF_ALGORITHM = ("optimum/", "pm_beta/")
+MODEL_FOLDERS = ("model", "best")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Run:
         return self.state == "finished"
 
     @property
+    def is_reference(self) -> bool:
+        """Return whether it measured the reference itself, not a policy beside it."""
+        of_sft = self.algorithm == REFERENCE and not self.config.get("reference")
+        return of_sft or self.algorithm.startswith(OTHER_REFERENCE)
+
+    @property
     def kind(self) -> Kind:
         """Return what the run measured: a policy on enumerable answers or on text, or a reward model."""
         if "algo" not in self.config or self.config.get("stage") == "rm":
@@ -77,10 +88,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def as_text(config: dict[str, Any]) -> dict[str, str]:
     """Return dotted key to value as text, without what `rlhf evaluate` adds and leaves as it is by default."""
     found = {key: "null" if value is None else str(value) for key, value in flatten(config)}
-    found = {key: value for key, value in found.items() if value != EVALUATE_DEFAULTS.get(key)}
-    if "judge.name" not in found:
-        found = {key: value for key, value in found.items() if not key.startswith("judge.")}
-    return found
+    return {key: value for key, value in found.items() if value != EVALUATE_DEFAULTS.get(key)}
 
 
 def settings(run: Run) -> dict[str, str]:
@@ -88,11 +96,11 @@ def settings(run: Run) -> dict[str, str]:
     shown = {key: value for key, value in run.config.items() if key not in IGNORED}
     found = {}
     for key, value in as_text(shown).items():
-        of_reference = run.algorithm != REFERENCE or key.startswith(REFERENCE_KEYS)
+        of_reference = not (run.is_reference or run.algorithm == REFERENCE) or key.startswith(REFERENCE_KEYS)
         if key.rsplit(".", 1)[-1] not in IGNORED_LEAVES and of_reference:
             found[key] = value
     # Of a model that no run here made, the place is all that is known.
-    if run.kind != "rm" and run.algorithm not in (REFERENCE, run.config["algo"]["name"]):
+    if run.kind != "rm" and not run.is_reference and run.algorithm not in (REFERENCE, run.config["algo"]["name"]):
         found["policy"] = str(run.config.get("policy"))
     return found
 
@@ -126,10 +134,10 @@ def differing(variants: Sequence[dict[str, str]]) -> list[str]:
 
 
 def latest_of_each_seed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Return (kept, left out): of finished runs with the same settings and seed, the one that ended last is kept.
+    """Return (kept, left out): of finished runs of a set with the same settings and seed, the one that ended last.
 
     The same seed twice is one draw, so it must not count as two. An evaluation has no log of its training: it takes
-    that of the run it replaces.
+    that of the run it replaces. What only the earlier one measured is kept where both measured one policy.
     """
     latest: dict[tuple[str, int, str], Run] = {}
     left_out: list[Run] = []
@@ -137,7 +145,8 @@ def latest_of_each_seed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         key = (run.algorithm, run.seed, str(sorted(settings(run).items())))
         before = latest.get(key)
         if before is not None:
-            left_out.append(before)
+            left_out.append(next(other for other in runs if other.path == before.path))
+            run = _merged(before, run) if _policy(before) == _policy(run) else run
             run = run if run.log else replace(run, log=before.log)
         latest[key] = run
     places = {run.path: run for run in latest.values()}
@@ -147,18 +156,52 @@ def latest_of_each_seed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 def reference_runs(runs: Sequence[Run]) -> list[Run]:
     """Return the reference policies the runs were measured beside, each once per seed and setting, as runs."""
     found: dict[tuple[str, int], Run] = {}
-    for run in sorted(filter(lambda run: run.finished, runs), key=lambda run: run.algorithm != REFERENCE):
-        metrics = run.metrics
-        if run.algorithm != REFERENCE:
+    finished = [run for run in runs if run.finished]
+    for run in sorted(finished, key=lambda run: (not run.is_reference, bool(run.config.get("reference")))):
+        metrics, name = run.metrics, run.algorithm
+        if not run.is_reference:
             metrics = {key[len("reference/") :]: v for key, v in run.metrics.items() if key.startswith("reference/")}
-        # The optimum is the algorithm's, so the reference has no distance to one of its own.
-        metrics = {key: value for key, value in metrics.items() if not key.startswith("optimum/")}
-        reference = Run(
-            run.path, REFERENCE, run.config, metrics, run.distributions, [], ended=run.ended, measured=run.measured
-        )
+            given = run.config.get("reference")
+            name = f"{OTHER_REFERENCE}{model_name(str(given))}" if given else REFERENCE
+        metrics = {key: value for key, value in metrics.items() if not key.startswith(OF_ALGORITHM)}
+        reference = Run(run.path, name, run.config, metrics, run.distributions, [], ended=run.ended)
+        reference = replace(reference, measured=run.measured)
         if metrics:
             found.setdefault((str(sorted(settings(reference).items())), run.seed), reference)
     return list(found.values())
+
+
+def model_name(path: str) -> str:
+    """Return the name of a model folder: of its run where it is the model inside one."""
+    place = Path(path)
+    return place.absolute().parent.name if place.name in MODEL_FOLDERS else place.name
+
+
+def _policy(run: Run) -> str:
+    """Return the place of the policy that a run trained or measured."""
+    if "policy" not in run.config:
+        return str(run.path.resolve())
+    given = run.config["policy"]
+    if not given:
+        return REFERENCE
+    place = Path(given).resolve()
+    return str(place.parent if place.name == "model" else place)
+
+
+def _merged(before: Run, run: Run) -> Run:
+    """Return a later measurement of a policy with what only an earlier one has."""
+
+    def stale(key: str) -> bool:
+        end = next((end for end in INTERVAL_ENDS if key.endswith(end)), "")
+        return key.removesuffix(end) in run.metrics
+
+    metrics = {key: value for key, value in before.metrics.items() if not stale(key)}
+    return replace(
+        run,
+        metrics={**metrics, **run.metrics},
+        distributions=run.distributions or before.distributions,
+        pairs=run.pairs or before.pairs,
+    )
 
 
 def _position(algorithm: str) -> int:

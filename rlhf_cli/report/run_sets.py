@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.report.run_groups import EVALUATE_DEFAULTS, REFERENCE_KEYS, Kind, Run, as_text, differing
+from rlhf_cli.report.run_groups import (
+    EVALUATE_DEFAULTS,
+    REFERENCE_KEYS,
+    Kind,
+    Run,
+    as_text,
+    differing,
+    latest_of_each_seed,
+    model_name,
+)
 
 # Policies that differ here are measured against different targets, or differently.
 TARGET_BLOCKS = ("dataset.", "reward.", "sampler.")
@@ -16,7 +25,10 @@ TARGET_KEYS = ("reward_model", "reference")
 WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions")
 JUDGE_KEYS = ("dataset.length_bias", "dataset.ranking_size")
 # What measured.json tells of runs of one seed.
-MEASURED = ("dataset", "prompts", "pool", "reward")
+MEASURED = ("dataset", "prompts", "pool", "reward", "reference")
+# Settings that name a reward or reference, by what measured.json says it is: a model can have several names.
+SAME = {"reward": ("reward.", "reward_model"), "reference": ("reference",)}
+KEPT_APART = ("reward.clip",)
 SHOWN_KEYS = 3
 SHOWN_CHARACTERS = 40
 NAMES = {"dataset": "dataset", "reward": "reward", "reward_model": "reward model", "sampler": "sampler"}
@@ -24,30 +36,57 @@ NAMES = {"dataset": "dataset", "reward": "reward", "reward_model": "reward model
 
 @dataclass
 class RunSet:
-    """Runs of one kind with one target; `measured` is what each seed was measured on, where that is known."""
+    """Runs of one kind with one target; `measured` is what each seed was measured on, where that is known.
+
+    `left_out` are earlier runs of the same settings and seed.
+    """
 
     kind: Kind
     target: dict[str, str]
     runs: list[Run] = field(default_factory=list)
     measured: dict[int, dict[str, Any]] = field(default_factory=dict)
+    left_out: list[Run] = field(default_factory=list)
 
     def takes(self, run: Run) -> bool:
-        """Return whether the run may be compared with those of the set."""
+        """Return whether the run may be compared with those of the set, by the text of its settings."""
         if (run.kind == "rm") != (self.kind == "rm") or target(run) != self.target:
             return False
         # Of an unfinished run nothing was measured that could differ.
-        if not run.finished:
-            return True
-        known = self.measured.get(run.seed, {})
-        return run.kind == self.kind and all(
-            known[key] == run.measured[key] for key in MEASURED if key in known and key in run.measured
-        )
+        return not run.finished or (run.kind == self.kind and self._agrees({run.seed: run.measured}))
+
+    def joins(self, other: RunSet) -> bool:
+        """Return whether another set has the same target by other names: all seeds that both have say so."""
+        common = self.measured.keys() & other.measured.keys()
+        same = [
+            what
+            for what in SAME
+            if common and all(what in one.measured[seed] for one in (self, other) for seed in common)
+        ]
+        apart = _texts(self.target, same) != _texts(other.target, same)
+        return self.kind == other.kind != "rm" and bool(same) and not apart and self._agrees(other.measured)
 
     def add(self, run: Run) -> None:
         """Put the run into the set."""
         self.runs.append(run)
         if run.finished:
             self.measured[run.seed] = {**run.measured, **self.measured.get(run.seed, {})}
+
+    def _agrees(self, measured: dict[int, dict[str, Any]]) -> bool:
+        """Return whether nothing says that other data was measured, or in any seed something else."""
+        datasets = {of["dataset"] for one in (self.measured, measured) for of in one.values() if "dataset" in of}
+        return len(datasets) <= 1 and not any(
+            _differ(self.measured.get(seed, {}), found) for seed, found in measured.items()
+        )
+
+
+def _differ(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [key for key in MEASURED if key in ours and key in theirs and ours[key] != theirs[key]]
+
+
+def _texts(texts: dict[str, str], same: Sequence[str]) -> dict[str, str]:
+    """Return a target without the settings that only name what measured.json found to be the same."""
+    names = tuple(prefix for what in same for prefix in SAME[what])
+    return {key: value for key, value in texts.items() if key in KEPT_APART or not key.startswith(names)}
 
 
 def target(run: Run) -> dict[str, str]:
@@ -68,7 +107,24 @@ def comparable_sets(runs: Sequence[Run]) -> list[RunSet]:
             taken = RunSet(run.kind, target(run))
             sets.append(taken)
         taken.add(run)
+    sets = _joined(sets)
+    for one in sets:
+        one.runs, one.left_out = latest_of_each_seed(one.runs)
     return sorted(sets, key=lambda one: (one.kind == "rm", -sum(run.finished for run in one.runs), -len(one.runs)))
+
+
+def _joined(sets: Sequence[RunSet]) -> list[RunSet]:
+    """Return the sets, those with one target under several names as one."""
+    found: list[RunSet] = []
+    # The largest first: its names are the ones that are shown.
+    for one in sorted(sets, key=lambda one: -len(one.runs)):
+        other = next((other for other in found if other.joins(one)), None)
+        if other is None:
+            found.append(one)
+            continue
+        for run in one.runs:
+            other.add(run)
+    return found
 
 
 def titles(sets: Sequence[RunSet]) -> list[str]:
@@ -83,7 +139,13 @@ def titles(sets: Sequence[RunSet]) -> list[str]:
 
 def difference(one: RunSet, first: RunSet) -> str:
     """Return why two sets may not be compared, e.g. "other reward: reward.name=gold"."""
-    keys = differing([one.target, first.target])
+    common = one.measured.keys() & first.measured.keys()
+    same = [
+        what
+        for what in SAME
+        if common and all({one.measured[s].get(what)} == {first.measured[s].get(what)} != {None} for s in common)
+    ]
+    keys = differing([_texts(one.target, same), _texts(first.target, same)])
     if keys:
         # A block's name stands for the values it brings.
         named = [key for key in keys if key.endswith((".name", ".source"))]
@@ -99,8 +161,7 @@ def difference(one: RunSet, first: RunSet) -> str:
 def _measured_difference(one: RunSet, first: RunSet) -> str:
     """Return what measured.json says of two sets with the same target, and the settings that may be behind it."""
     for seed in sorted(one.measured.keys() & first.measured.keys()):
-        ours, theirs = one.measured[seed], first.measured[seed]
-        other = [key for key in MEASURED if key in ours and key in theirs and ours[key] != theirs[key]]
+        other = _differ(one.measured[seed], first.measured[seed])
         if not other:
             continue
         configs = [
@@ -110,7 +171,8 @@ def _measured_difference(one: RunSet, first: RunSet) -> str:
         keys = differing(configs)
         values = f": {_values(keys, configs[0])}" if keys else " (measured.json)"
         return f"other {' and '.join(other)}{values}"
-    return "measured on something else"
+    datasets = ({of.get("dataset") for of in found.measured.values()} for found in (one, first))
+    return "other dataset (measured.json)" if len(set.union(*datasets)) > 1 else "measured on something else"
 
 
 def _title(one: RunSet) -> str:
@@ -125,7 +187,11 @@ def _title(one: RunSet) -> str:
 def _reward(one: RunSet) -> str:
     """Return the name of the reward: of the first of several models, or of the config's block."""
     given = one.target.get("reward_model", "[]").strip("[]")
-    return Path(given.split(",")[0].strip("'\" ")).name if given else one.target.get("reward.name", "unknown")
+    if not given:
+        return one.target.get("reward.name", "unknown")
+    # Folders of several reward models can have one name.
+    hashes = [str(one.measured[seed]["reward"])[:4] for seed in sorted(one.measured) if "reward" in one.measured[seed]]
+    return " ".join([model_name(given.split(",")[0].strip("'\" ")), *hashes[:1]])
 
 
 def _name(key: str) -> str:

@@ -9,10 +9,9 @@ from rich.table import Table as RichTable
 
 from rlhf_cli.metrics.glossary import describe, known
 from rlhf_cli.metrics.seeds import Interval
-from rlhf_cli.report.columns import EXPENDABLE, Column, better, columns, legend, meaning, notes, shortened
+from rlhf_cli.report.columns import Column, better, file_columns, fitting, legend, meaning, notes, shortened
 from rlhf_cli.report.comparison import Cell, Comparison, Row, Stopped
 from rlhf_cli.report.page import Emphasis, Table
-from rlhf_cli.report.run_groups import REFERENCE
 
 MISSING = "–"
 FLAG = "!"
@@ -25,11 +24,7 @@ def to_rich(comparison: Comparison, width: int = WIDTH) -> tuple[RichTable, list
     """Return the table for a terminal of that width, intervals under the means, and the columns that fit."""
     from rich.markup import escape
 
-    shown = columns(comparison)
-    for header in EXPENDABLE[comparison.kind]:
-        if _width(comparison, shown) <= width:
-            break
-        shown = [column for column in shown if column.header != header]
+    shown = fitting(comparison, lambda some: _width(comparison, some), width)
     table = RichTable(box=None, pad_edge=False, padding=(0, 1, 1, 0), header_style="bold")
     table.add_column(first_header(comparison), max_width=NAME_WIDTH, overflow="fold")
     table.add_column("rank", justify="right", no_wrap=True)
@@ -55,7 +50,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return the table, its legend and its notes as markdown."""
-    shown = columns(comparison)
+    shown = file_columns(comparison)
     rows = [[first_header(comparison), "seeds", "rank", *(column.header for column in shown)]]
     rows.append(["---", *["---:"] * (2 + len(shown))])
     for row in comparison.rows:
@@ -70,7 +65,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 def page_table(comparison: Comparison) -> Table:
     """Return the table of the HTML page: every column, a mean above its interval."""
-    shown = columns(comparison)
+    shown = file_columns(comparison)
     ranked = "not ranked" if comparison.rank_by is None else f"Place by {comparison.rank_by}, 1 is best"
     headers = [first_header(comparison), "seeds", "rank", *(column.header for column in shown)]
     name = "Reward" if comparison.kind == "rm" else "Algorithm"
@@ -114,7 +109,12 @@ def text(row: Row, column: Column) -> str:
         if value is None:
             return "B" if row.is_baseline else MISSING
         digits = 1 if abs(value) < 100 else 0
-        return f"{round(value, digits) + 0.0:+.{digits}f}%"  # + 0.0: no -0.0
+        unsure = "~" if row.cells[column.key].unsure else ""
+        return f"{unsure}{round(value, digits) + 0.0:+.{digits}f}%"  # + 0.0: no -0.0
+    if column.difference:
+        cell = row.cells.get(column.key)
+        found = None if cell is None else cell.difference
+        return _signed(found, "\n") if found is not None else "B" if row.is_baseline else MISSING
     return with_interval(row.cells.get(column.key))
 
 
@@ -132,7 +132,9 @@ def with_interval(cell: Cell | None) -> str:
 def number(value: float) -> str:
     """Return a number in at most six or seven characters: three decimals, fewer where it is large."""
     size = abs(value)
-    if not math.isfinite(value) or size < 10:
+    if not math.isfinite(value):
+        return "∞"
+    if size < 10:
         return f"{value:.3f}"
     return f"{value:.{2 if size < 100 else 1}f}" if size < 1000 else f"{value:.3g}"
 
@@ -141,7 +143,7 @@ def emphasis(row: Row) -> Emphasis:
     """Return how a row stands out."""
     if row.flags:
         return "flagged"
-    return "reference" if row.algorithm == REFERENCE else ""
+    return "reference" if row.is_reference else ""
 
 
 def flagged(row: Row) -> str:
@@ -159,9 +161,9 @@ def _with_difference(cell: Cell | None) -> str:
     return with_interval(cell) if found is None else f"{with_interval(cell)}\nΔ {_signed(found)}"
 
 
-def _signed(found: Interval) -> str:
+def _signed(found: Interval, between: str = " ") -> str:
     sign = "" if found.mean < 0 else "+"
-    return f"{sign}{number(found.mean)}" + ("" if found.half is None else f" ±{number(found.half)}")
+    return f"{sign}{number(found.mean)}" + ("" if found.half is None else f"{between}±{number(found.half)}")
 
 
 def _width(comparison: Comparison, shown: Sequence[Column]) -> int:
@@ -176,7 +178,7 @@ def _width(comparison: Comparison, shown: Sequence[Column]) -> int:
 
 
 def _stacked(header: str) -> str:
-    return header.replace(" vs ", "\nvs ")
+    return header.replace(" vs ", "\nvs ").replace(" wins", "\nwins")
 
 
 def _narrow(cell: str) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf_cli.report.comparison import Comparison
     from rlhf_cli.report.page import Page
     from rlhf_cli.report.run_groups import Run
+    from rlhf_cli.report.run_sets import RunSet
 
 # Output goes to a file or a pipe as wide as the table needs, and no narrower.
 PIPE_WIDTH = 100
@@ -53,8 +54,9 @@ def run(
     def say(words: str) -> None:
         notes.print(words, highlight=False, markup=False, soft_wrap=True)
 
-    runs = _load(find_runs(run_dirs, say), say)
-    comparisons = _compare(runs, baseline, rank, failed)
+    sets = _load(find_runs(run_dirs, say), say)
+    runs = [loaded for one in sets for loaded in one.runs]
+    comparisons = _compare(sets, baseline, rank, failed)
     out = _beside(runs) if out is None else Path(out)
     page, written = _write(comparisons, runs, out, say)
     _print(comparisons, console)
@@ -72,13 +74,13 @@ def run(
     return out
 
 
-def _load(folders: Sequence[Path], say: Say) -> list[Run]:
-    """Return the runs of the folders; of finished ones with the same settings and seed, the latest.
+def _load(folders: Sequence[Path], say: Say) -> list[RunSet]:
+    """Return the runs of the folders in sets that may be compared; of the same settings and seed, the latest.
 
     Raises:
         DataError: a file cannot be read, or no run is finished.
     """
-    from rlhf_cli.report.run_groups import latest_of_each_seed
+    from rlhf_cli.report.run_sets import comparable_sets
 
     runs = [loaded for folder in folders if (loaded := load_run(folder, say)) is not None]
     if not any(loaded.finished for loaded in runs):
@@ -89,14 +91,14 @@ def _load(folders: Sequence[Path], say: Say) -> list[Run]:
             + (f"; these are {states}" if states else ""),
             "Finish a run first: the same command goes on where it stopped",
         )
-    runs, repeated = latest_of_each_seed(runs)
-    for other in repeated:
+    sets = comparable_sets(runs)
+    for other in (left for one in sets for left in one.left_out):
         say(f"left out {other.path}: a run with the same settings and seed ended after it.")
-    return runs
+    return sets
 
 
 def _compare(
-    runs: Sequence[Run], baseline: str | None, rank: str | None, failed: Sequence[tuple[str, str]]
+    sets: Sequence[RunSet], baseline: str | None, rank: str | None, failed: Sequence[tuple[str, str]]
 ) -> list[Comparison]:
     """Return a comparison of each set of runs that may be compared.
 
@@ -104,11 +106,10 @@ def _compare(
         DataError: there is no such baseline or ranking metric.
     """
     from rlhf_cli.report.comparison import check_baseline, check_rank, compare
-    from rlhf_cli.report.run_sets import comparable_sets, titles
+    from rlhf_cli.report.run_sets import titles
 
     if rank is not None:
-        check_rank(rank, runs)
-    sets = comparable_sets(runs)
+        check_rank(rank, [loaded for one in sets for loaded in one.runs])
     comparisons = [
         # Jobs without a folder are of the sweep, whose runs are the most.
         compare(title, one.kind, one.runs, baseline=baseline, rank_by=rank, failed=failed if one is sets[0] else ())

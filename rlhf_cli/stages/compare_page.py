@@ -13,7 +13,7 @@ from rlhf_cli.report.figures import curves, preference_bars
 from rlhf_cli.report.frontier import frontier_figure
 from rlhf_cli.report.page import Page, Section
 from rlhf_cli.report.pair_figures import pair_figure
-from rlhf_cli.report.run_groups import REFERENCE, Run
+from rlhf_cli.report.run_groups import Run
 from rlhf_cli.report.tables import metric_table, page_table
 from rlhf_cli.stages.found_runs import Say, completions
 
@@ -42,10 +42,11 @@ def compare_page(comparisons: Sequence[Comparison], runs: Sequence[Run], out: Pa
     for number, one in enumerate(comparisons, start=1):
         groups = {row.name: row.runs for row in one.rows}
         # The reference has its place in every figure, so it is a policy only where it stands alone.
-        policies = {name: group for name, group in groups.items() if group[0].algorithm != REFERENCE} or groups
+        policies = {name: group for name, group in groups.items() if not group[0].is_reference} or groups
         places = {name: out / (f"{name}.png" if number == 1 else f"{name}-{number}.png") for name in FIGURES}
         _draw(policies, groups, places, one.title, say)
-        figures = [(caption, places[name]) for name, caption in FIGURES.items() if places[name].is_file()]
+        captions = {**FIGURES, "pairs": FIGURES["pairs"] + _seed_shown(policies)}
+        figures = [(caption, places[name]) for name, caption in captions.items() if places[name].is_file()]
         texts = {name: completions(shown) for name, shown in _of_one_seed(policies).items()} if one.kind != "rm" else {}
         texts = {name: lines for name, lines in texts.items() if lines}
         sections.append(Section(one.title, page_table(one), notes(one), figures, texts, metric_table(one)))
@@ -97,6 +98,19 @@ def _of_one_seed(groups: dict[str, list[Run]]) -> dict[str, Run]:
     everyone: Iterable[int] = sorted(set().union(*seeds))
     common = max(everyone, key=lambda seed: sum(seed in found for found in seeds), default=0)
     return {name: min(group, key=lambda run: abs(run.seed - common)) for name, group in groups.items() if group}
+
+
+def _seed_shown(groups: dict[str, list[Run]]) -> str:
+    """Return which of several seeds a figure of one run each shows, in words; empty where there is one seed."""
+    if len({run.seed for group in groups.values() for run in group}) < 2:
+        return ""
+    shown = {name: run.seed for name, run in _of_one_seed(groups).items() if run.pairs}
+    seeds = list(shown.values())
+    if not seeds:
+        return ""
+    usual = max(seeds, key=seeds.count)
+    others = "".join(f"; {name}: seed {seed}" for name, seed in shown.items() if seed != usual)
+    return f" (seed {usual}{others})"
 
 
 def _questions(run: Run) -> list[tuple[Any, ...]]:

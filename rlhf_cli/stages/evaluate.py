@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rlhf_cli.stages.session import Session, open_run, say, summary
 from rlhf_cli.stages.workspace import prepare, require_context
 from rlhf_cli.store import read_json
 from rlhf_cli.trainers.common import resolve_device
+
+JUDGED = re.compile(r"by/[^/]+/(pm/tv|win_rate/rm|reward/mean)")  # of further reward models, what is printed
 
 
 def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:

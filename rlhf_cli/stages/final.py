@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rlhf_cli.models.reward import Reward
 from rlhf_cli.stages.reward_reading import model_reward
 from rlhf_cli.stages.workspace import Workspace, digest, reward_id
 
+OF_PAIRS = ("pm/pair_length_difference", "chosen_logps_change")  # of the data, and of a policy beside the reference
 POOL_SEED = 0  # the pool belongs to its reference, whatever the seed of a run
 # distances to a judge's preferences
 JUDGED = ("pm/tv", "pm/kl_rm_policy", "pm/kl_policy_rm", "pm/rank_correlation", "pm/pair_tv")
@@ -69,7 +71,7 @@ def measure_policy(work: Workspace, policy: Any, folder: Path) -> Measured:
     beside = _of_samples(work, theirs)
     pool = _pool(work) if work.exact is None else None
     if pool is not None:
-        measure = _pool_measure(work, pool, work.reward, work.reward_id)
+        measure = _pool_measure(work, pool, work.clipped(_pool_rewards(work, pool, work.reward, work.reward_id)))
         token_logps = _pool_logps(work, pool, policy, folder)
         found |= measure.metrics(token_logps)
         found |= measure.reference_metrics()
@@ -77,10 +79,14 @@ def measure_policy(work: Workspace, policy: Any, folder: Path) -> Measured:
         found, beside = _exact(work, policy, found, beside)
     pairs = work.pairs.read(policy, work.memo, {"policy": fingerprint(folder)})
     found |= work.pairs.metrics(pairs)
+    beside |= {k: v for k, v in work.pairs.metrics(work.pairs.reference).items() if not k.startswith(OF_PAIRS)}
     for label, judge in work.roles.judges.items():
         found |= {f"by/{label}/{key}": v for key, v in _judged(work, judge, policy, folder, pool, ours, theirs).items()}
     found |= {f"reference/{key}": value for key, value in beside.items() if not key.startswith(NOT_BESIDE)}
-    found |= {"guard/crossed": float(len(crossed(found)))}
+    if work.tree is None:
+        found["entropy/uniform"] = math.log(work.reference.config.vocab_size)
+    if work.how.of_policy:  # else there is no entropy, and nothing could be said
+        found["guard/crossed"] = float(len(crossed(found)))
     return Measured(found, _completions(work, ours, theirs), work.pairs.histograms(pairs), _about(work, pool))
 
 
@@ -93,31 +99,36 @@ def _draw(work: Workspace, policy: Any, folder: Path, seed: int) -> Drawn:
     """Return samples of `policy` to every measured prompt."""
     what = {"policy": fingerprint(folder), "reference": fingerprint(work.roles.reference)}
     samples = read_samples(policy, work.reference, work.prompt_ids, work.samples, work.how, work.memo, what, seed)
-    rewards = _scored(work, samples, work.reward, work.reward_id)
+    rewards = work.clipped(_scored(work, samples, work.reward, work.reward_id))
     return Drawn(samples, rewards, [decode_response(work.tokenizer, ids) for ids in samples.responses])
 
 
-def _scored(work: Workspace, samples: Samples, reward: Reward, reward_id: str) -> Tensor:
-    """Return the rewards of samples as training used them, (N,)."""
+def _scored(work: Workspace, samples: Samples, reward: Reward, name: str) -> Tensor:
+    """Return the rewards of samples before clipping, (N,)."""
     prompts = [prompt for prompt in work.prompt_ids for _ in range(work.samples)]
-    return work.clipped(score(reward, prompts, samples.responses, work.memo, {"reward": reward_id}, "rewards"))
+    return score(reward, prompts, samples.responses, work.memo, {"reward": name}, "rewards")
 
 
 def _of_samples(work: Workspace, drawn: Drawn) -> dict[str, float]:
-    shared: dict[str, Any] = {"algorithm": work.algorithm, "algo": work.cfg.algo, "how": work.how}
-    found = sample_metrics(drawn.samples, drawn.rewards, **shared)
+    found = _sample_metrics(work, drawn.samples, drawn.rewards)
     size = work.samples
     groups = [drawn.texts[start : start + size] for start in range(0, len(drawn.texts), size)]
     for key, values in diversity(groups).items():
         if not np.isnan(values).all():
-            found |= interval(key, values)
+            found |= interval(key, values, groups=work.questions)
     return found
+
+
+def _sample_metrics(work: Workspace, samples: Samples, rewards: Tensor) -> dict[str, float]:
+    return sample_metrics(
+        samples, rewards, algorithm=work.algorithm, algo=work.cfg.algo, how=work.how, groups=work.questions
+    )
 
 
 def _win_rates(work: Workspace, ours: Drawn, theirs: Drawn) -> dict[str, float]:
     """Return the share of samples that are better than the reference's, by reward model, gold and language model."""
     table = ours.samples.table
-    found = share_interval("win_rate/rm", win_rate(table(ours.rewards), table(theirs.rewards)))
+    found = share_interval("win_rate/rm", win_rate(table(ours.rewards), table(theirs.rewards)), groups=work.questions)
     gold = work.data.gold
     prompts = [prompt for prompt in work.prompts for _ in range(work.samples)]
     if gold is not None:
@@ -125,7 +136,7 @@ def _win_rates(work: Workspace, ours: Drawn, theirs: Drawn) -> dict[str, float]:
             torch.tensor([gold(prompt, text) for prompt, text in zip(prompts, drawn.texts, strict=True)])
             for drawn in (ours, theirs)
         )
-        found |= share_interval("win_rate/gold", win_rate(table(ours_gold), table(theirs_gold)))
+        found |= share_interval("win_rate/gold", win_rate(table(ours_gold), table(theirs_gold)), groups=work.questions)
     cfg = work.cfg
     if isinstance(cfg, EvaluateConfig) and cfg.judge.name != "none":
         first = range(0, min(len(prompts), cfg.judge.prompts * work.samples), work.samples)
@@ -171,11 +182,15 @@ def _pool(work: Workspace) -> Pool:
     return build_pool(work.prompt_ids, list(listed.values()), drawn)
 
 
-def _pool_measure(work: Workspace, pool: Pool, reward: Reward, reward_id: str) -> PoolMeasure:
-    prompts, responses = pool.rows()
-    rewards = work.clipped(score(reward, prompts, responses, work.memo, {"reward": reward_id}, "pool rewards"))
+def _pool_measure(work: Workspace, pool: Pool, rewards: Tensor) -> PoolMeasure:
+    """Return the measure on the pool by rewards (N,) of its candidates."""
     token_logps = _pool_logps(work, pool, work.reference, work.roles.reference)
     return PoolMeasure(pool, rewards, token_logps, algorithm=work.algorithm, algo=work.cfg.algo)
+
+
+def _pool_rewards(work: Workspace, pool: Pool, reward: Reward, name: str) -> Tensor:
+    """Return the rewards of the candidates before clipping, (N,)."""
+    return score(reward, *pool.rows(), work.memo, {"reward": name}, "pool rewards")
 
 
 def _pool_logps(work: Workspace, pool: Pool, policy: Any, folder: Path) -> list[np.ndarray]:
@@ -192,19 +207,22 @@ def _judged(
 ) -> dict[str, float]:
     """Return what another reward model says of the same samples and candidates."""
     reward = model_reward(work.cfg, work.data, work.tokenizer, judge, work.device)
-    name = reward_id(work.cfg, [judge])
-    rewards = [_scored(work, drawn.samples, reward, name) for drawn in (ours, theirs)]
-    sampled = sample_metrics(ours.samples, rewards[0], algorithm=work.algorithm, algo=work.cfg.algo, how=work.how)
+    name = reward_id(work.cfg, [judge], work.tokenizer)
+    rewards = [
+        _scored(work, drawn.samples, reward, name) for drawn in (ours, theirs)
+    ]  # as they are: it trained nothing
+    sampled = _sample_metrics(work, ours.samples, rewards[0])
     found = {key: value for key, value in sampled.items() if key.startswith("reward/")}
-    found |= share_interval("win_rate/rm", win_rate(*map(ours.samples.table, rewards)))
+    found |= share_interval("win_rate/rm", win_rate(*map(ours.samples.table, rewards)), groups=work.questions)
     if pool is not None:
-        distances = _pool_measure(work, pool, reward, name).metrics(_pool_logps(work, pool, policy, own))
+        measure = _pool_measure(work, pool, _pool_rewards(work, pool, reward, name))
+        distances = measure.metrics(_pool_logps(work, pool, policy, own))
     else:
         distances = work.exact_with(reward).metrics(policy)
     pairs = work.pairs
     read = score(reward, pairs.prompts, pairs.responses, work.memo, {"reward": name}, "rewards")
     logps = pairs.read(policy, work.memo, {"policy": fingerprint(own)})
-    distances |= pairs.against(work.clipped(read)).metrics(logps)
+    distances |= pairs.against(read).metrics(logps)
     return {**found, **{key: value for key, value in distances.items() if key.startswith(JUDGED)}}
 
 
@@ -213,7 +231,7 @@ def _completions(work: Workspace, ours: Drawn, theirs: Drawn) -> list[dict[str, 
     prompts = [prompt for prompt in work.prompts for _ in range(work.samples)]
     rows = zip(
         prompts, ours.texts, ours.rewards.tolist(), ours.samples.responses, theirs.texts, theirs.rewards.tolist(),
-        strict=True,
+        theirs.samples.responses, strict=True,
     )  # fmt: skip
     return [
         {
@@ -224,8 +242,9 @@ def _completions(work: Workspace, ours: Drawn, theirs: Drawn) -> list[dict[str, 
             "ended": response[-1] in eos,
             "reference": reference,
             "reference_reward": reference_reward,
+            "reference_ended": beside[-1] in eos,
         }
-        for prompt, text, reward, response, reference, reference_reward in rows
+        for prompt, text, reward, response, reference, reference_reward, beside in rows
     ]
 
 

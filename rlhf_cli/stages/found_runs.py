@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rlhf_cli.errors import DataError
-from rlhf_cli.report.run_groups import REFERENCE, Run, settings
+from rlhf_cli.report.run_groups import MODEL_FOLDERS, REFERENCE, Run, model_name, settings
 from rlhf_cli.store import content_hash
 
 # Folders that hold no runs and can be large; a store is known by the folders of its stages.
@@ -67,7 +67,7 @@ def load_run(folder: Path, say: Say) -> Run | None:
     config = {**config, **_named_models(config)}
     if state != "finished":
         return Run(folder, _algorithm(config), config, {}, [], [], state=state, reason=reason)
-    metrics = {key: float(value) for key, value in _optional(folder / "metrics.json", {}).items() if _is_number(value)}
+    metrics = {key: _number(value) for key, value in _optional(folder / "metrics.json", {}).items()}
     if not metrics:
         say(f"skipped {folder}: it is finished, and has no metrics.")
         return None
@@ -141,8 +141,16 @@ def _algorithm(config: dict[str, Any]) -> str:
     if policy is None:
         return REFERENCE
     if policy and not is_run(Path(policy)):
-        return Path(policy).name
+        return _name_of_model(Path(policy))
     return str(config["algo"]["name"])
+
+
+def _name_of_model(folder: Path) -> str:
+    """Return the name of a model folder: the algorithm of the run it is of, or else the folder's name."""
+    if folder.name not in MODEL_FOLDERS or not is_run(folder.absolute().parent):
+        return model_name(str(folder))
+    config = _read(folder.absolute().parent / "config.yaml")
+    return _algorithm(config) if isinstance(config, dict) and "reward" in config else REFERENCE
 
 
 def _named_models(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,8 +179,9 @@ def _natural(path: Path) -> list[tuple[bool, int, str]]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _number(value: Any) -> float:
+    """Return a metric; what is not finite is written as null, and is infinite here: no mean may go without it."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
 
 
 def _optional(path: Path, default: Any) -> Any:

@@ -18,6 +18,7 @@ from rlhf_cli.models.folders import is_reward_model, model_folder
 from rlhf_cli.stages import provide
 from rlhf_cli.store import read_json
 
+OF_SEED = re.compile(r"(^|[-,])seed=?\d+(-[0-9a-f]{8})?")  # of a run's name: judges of several seeds are one judge
 REFERENCE, REWARD = "reference policy", "reward model"  # names in stages.json
 STAGES_FILE = "stages.json"
 
@@ -142,7 +143,7 @@ def labels(names: Sequence[str]) -> list[str]:
     for name in names:
         path = Path(os.path.abspath(Path(name).expanduser()))  # what "." is called
         last = path.parent.name if path.name in ("model", "best") else path.name
-        label = re.sub(r"[^\w.-]+", "-", last).strip("-") or "judge"
+        label = re.sub(r"[^\w.-]+", "-", OF_SEED.sub("", last)).strip("-") or "judge"
         candidates = (label if number == 1 else f"{label}-{number}" for number in count(1))
         found.append(next(candidate for candidate in candidates if candidate not in found))
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from rlhf_cli import algos
@@ -59,6 +60,7 @@ class Workspace:
         reward: centred rewards of token ids.
         exact: None on free text.
         sampled: what is followed while training.
+        questions: number of the question that each of them words, (P,); None on free text.
         prompts, prompt_ids, samples: what a policy is sampled on for its final metrics, and how often.
         how: how it is sampled then.
         reward_id: what tells this reward from another, before clipping.
@@ -79,6 +81,7 @@ class Workspace:
     pairs: PairMeasure
     prompts: list[str]
     prompt_ids: list[list[int]]
+    questions: np.ndarray | None
     samples: int
     how: Sampling
     reward_id: str
@@ -97,10 +100,10 @@ class Workspace:
         return rewards if clip is None else rewards.clamp(-clip, clip)
 
     def exact_with(self, reward: Reward) -> ExactMeasure:
-        """Return the exact measure against another reward; only on enumerable answers."""
+        """Return the exact measure against another reward, unclipped; only on enumerable answers."""
         assert self.exact is not None
         return ExactMeasure(
-            self.exact.enumeration, self.reference, reward, reward_clip=self.cfg.reward.clip,
+            self.exact.enumeration, self.reference, reward, reward_clip=None,
             algorithm=self.algorithm, algo=self.cfg.algo, temperature=self.how.temperature, tree=self.tree,
             gold_offset=self.exact.gold_offset,
         )  # fmt: skip
@@ -130,12 +133,13 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
     prompts, samples = measured_prompts(cfg, data)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     shared: dict[str, Any] = {"reward_clip": cfg.reward.clip, "algorithm": algorithm, "algo": cfg.algo}
-    memo, rewarded = Memo(Store(Path(cfg.store_dir))), reward_id(cfg, roles.rewards)
+    memo, rewarded = Memo(Store(Path(cfg.store_dir))), reward_id(cfg, roles.rewards, tokenizer)
     known: dict[str, dict[str, Any]] = {
         "reward": {"reward": rewarded},
         "reference": {"policy": fingerprint(roles.reference)},
     }
     heldout: list[Any] = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
+    number = {question.prompt: question.index for question in data.questions}
     return Workspace(
         cfg=cfg,
         roles=roles,
@@ -159,10 +163,18 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
         else None,  # fmt: skip
         sampled=SampledMeasure(prompt_ids, samples, reference, reward, sampling=how, seed=cfg.seed, **shared),
         pairs=PairMeasure(
-            heldout, reference, reward, reward_clip=cfg.reward.clip, sampling=how, memo=memo, identity=known
+            heldout,
+            reference,
+            reward,
+            reward_clip=cfg.reward.clip,
+            sampling=how,
+            memo=memo,
+            identity=known,
+            groups=[number[pair.prompt] for pair in data.heldout_pairs[:TEXT_PAIRS]] if number else None,
         ),
         prompts=prompts,
         prompt_ids=prompt_ids,
+        questions=np.array([number[prompt] for prompt in prompts]) if number else None,
         samples=samples,
         how=replace(how, sample_temperature=sampler.temperature, top_p=sampler.top_p),
         reward_id=rewarded,
@@ -170,14 +182,16 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
     )
 
 
-def reward_id(cfg: AlignConfig, folders: Sequence[Path]) -> str:
-    """Return what tells a reward from another, before clipping: its models, how they are read, what centres them."""
+def reward_id(cfg: AlignConfig, folders: Sequence[Path], tokenizer: Any) -> str:
+    """Return what tells a reward from another, before clipping: models, reading, centre, the policy's tokens."""
     if not folders:
         return digest({"gold": identity(cfg.dataset)})
     calibration = getattr(cfg.reward, "calibration", "none")
     foreign = any(not (folder / CENTRE_FILE).is_file() for folder in folders)  # centred on the data at hand
     data = provide.dataset_identity(cfg) if foreign else None
-    return digest({"models": [fingerprint(folder) for folder in folders], "calibration": calibration, "data": data})
+    models = [fingerprint(folder) for folder in folders]
+    tokens = digest(tokenizer.get_vocab())  # what a model with another tokenizer gets to read
+    return digest({"models": models, "calibration": calibration, "data": data, "tokens": tokens})
 
 
 def digest(value: Any) -> str:

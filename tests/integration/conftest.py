@@ -40,7 +40,7 @@ def store(workshop: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(workshop: Path, store: Path) -> Callable[[str], Path]:
     """Return a function that gives the run folder of an entry of ALGORITHMS, trained on first use."""
-    from rlhf_cli.report import figures
+    from rlhf_cli.report import figures, pair_figures
     from rlhf_cli.stages import results
 
     made: dict[str, Path] = {}
@@ -50,6 +50,7 @@ def finished(workshop: Path, store: Path) -> Callable[[str], Path]:
             with pytest.MonkeyPatch.context() as patch:  # real figures, even where a test goes without
                 patch.setattr(results, "preference_bars", figures.preference_bars)
                 patch.setattr(results, "curves", figures.curves)
+                patch.setattr(results, "pair_figure", pair_figures.pair_figure)
                 made[name] = job("align", *ALGORITHMS[name], run_dir=workshop / name, store=store)
         return made[name]
 
@@ -64,6 +65,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "trust_figure", lambda panels, path, **_: path.write_bytes(PIXEL))
     monkeypatch.setattr(results, "preference_bars", lambda rows, path, **_: path.write_bytes(PIXEL))
     monkeypatch.setattr(results, "curves", lambda lines, path, keys: path.write_bytes(PIXEL))
+    monkeypatch.setattr(results, "pair_figure", lambda pairs, path: bool(path.write_bytes(PIXEL)))
 
 
 @pytest.fixture

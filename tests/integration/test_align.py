@@ -16,8 +16,8 @@ from rlhf_cli.metrics.glossary import known
 Finished = Callable[[str], Path]
 RUN_FILES = {
     ".lock", "best", "best.json", "checkpoints", "completions.jsonl", "config.yaml", "curves.png",
-    "distributions.json", "manifest.json", "metrics.json", "model", "overrides.json", "preferences.png",
-    "stages.json", "status.json", "training_log.jsonl",
+    "distributions.json", "manifest.json", "measured.json", "metrics.json", "model", "overrides.json", "pairs.json",
+    "pairs.png", "preferences.png", "stages.json", "status.json", "training_log.jsonl",
 }  # fmt: skip
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
@@ -72,7 +72,8 @@ def test_completions_distributions_and_figures_can_be_read(name: str, finished: 
     prompts = {row["prompt"] for row in read_json(run_dir / "distributions.json") if not row["heldout"]}
     assert {row["prompt"] for row in rows} == prompts
     for row in rows:
-        assert set(row) == {"prompt", "completion", "reward", "tokens", "ended"}
+        ours, theirs = {"completion", "reward", "tokens", "ended"}, {"reference", "reference_reward", "reference_ended"}
+        assert set(row) == {"prompt", *ours, *theirs}
         assert 1 <= row["tokens"] <= 12
         assert math.isfinite(row["reward"])
     for row in read_json(run_dir / "distributions.json"):

@@ -63,18 +63,22 @@ def test_evaluate_without_a_policy_measures_the_sft_policy(small: Small, finishe
     assert metrics["kl/sequence"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pm", "dpo"])
+@pytest.mark.parametrize("algo", ["pm", "dpo", "pm_closed"])
 def test_evaluate_of_a_run_folder_repeats_its_numbers(
-    rlhf: Callable[..., Result], finished: Finished, name: str
+    rlhf: Callable[..., Result], finished: Finished, trained: list[str], algo: str
 ) -> None:
-    result = rlhf("evaluate", f"policy={finished(name)}", "run_dir=again")
+    policy = finished(algo)
+    trained.clear()
+    result = rlhf("evaluate", f"policy={policy}", "run_dir=again")
     assert result.exit_code == 0, result.output
-    run, again = read_json(finished(name) / "metrics.json"), read_json(Path("again/metrics.json"))
-    assert {key for key in run if not key.startswith("best/")} == set(again)
-    assert all(again[key] == pytest.approx(run[key], abs=1e-5) for key in again)
+    assert trained == []
+    run, again = read_json(policy / "metrics.json"), read_json(Path("again/metrics.json"))
+    assert again == {key: value for key, value in run.items() if not key.startswith("best/")}
+    for name in ("completions.jsonl", "distributions.json", "measured.json", "pairs.json", "stages.json"):
+        assert Path("again", name).read_text() == (finished(algo) / name).read_text(), name
     assert files(Path("again")) == {
-        ".lock", "completions.jsonl", "config.yaml", "distributions.json", "manifest.json", "metrics.json",
-        "overrides.json", "preferences.png", "stages.json", "status.json",
+        ".lock", "completions.jsonl", "config.yaml", "distributions.json", "manifest.json", "measured.json",
+        "metrics.json", "overrides.json", "pairs.json", "pairs.png", "preferences.png", "stages.json", "status.json",
     }  # fmt: skip
 
 
@@ -124,7 +128,8 @@ def test_compare_writes_a_table_and_figures(rlhf: Callable[..., Result], finishe
     runs = [str(finished(name)) for name in ("pm", "kl_ppo", "dpo", "rpo")]
     result = rlhf("compare", *runs, "--out", "out")
     assert result.exit_code == 0, result.output
-    assert files(Path("out")) == {"compare.csv", "compare.md", "compare.png", "curves.png"}
+    tables = {"compare.csv", "compare.html", "compare.md", "runs.csv"}
+    assert files(Path("out")) == {*tables, "compare.png", "curves.png", "frontier.png", "pairs.png"}
     table = Path("out/compare.md").read_text()
     for name in ("pm", "kl_ppo", "dpo", "rpo", "sft"):
         assert f"| {name} " in table

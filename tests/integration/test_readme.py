@@ -15,6 +15,8 @@ import pytest
 from typer.testing import Result
 
 from rlhf_cli import cli, rewards
+from rlhf_cli.config import compose, sweeps
+from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.data.rows import Pair, Ranking
 from rlhf_cli.data.text_row import read_row
 from rlhf_cli.rewards.base import PairScores, pair_loss
@@ -85,13 +87,20 @@ def filled_in(args: list[str], folder: Path) -> list[str]:
 def test_blocks_hold_nothing_but_these_commands() -> None:
     lines = commands()
     assert len(lines) >= 5
-    assert [line for line in lines if line.split()[0] not in {"rlhf", "make", "source", "pip", "git", "cd"}] == []
+    known = {"rlhf", "make", "source", "pip", "git", "cd", "wandb", "python", "export", "vllm"}
+    assert [line for line in lines if line.split()[0] not in known] == []
 
 
 @pytest.mark.parametrize("line", starting("rlhf"))
 def test_an_rlhf_command_composes(line: str, rlhf: Callable[..., Result], tmp_path: Path) -> None:
     command, *args = filled_in(shlex.split(line)[1:], tmp_path)
-    if command in CONFIGURED:
+    if any(arg.startswith("sweep=") for arg in args):  # many jobs: the first and the last
+        sweep = sweeps.resolve([arg for arg in args if arg != "-m"], Catalog(command))
+        parsed = [compose.parse(list(grid)) for grid in sweep.grids]
+        for grid, position in ((parsed[0], 0), (parsed[-1], -1)):
+            own = [item for item in grid if not compose.is_hydra(item.key_or_group)]
+            compose.load(command, [sweeps.extreme(item, position) for item in own])
+    elif command in CONFIGURED:
         result = rlhf(command, *(arg for arg in args if arg not in {"--cfg", "job"}), "--cfg", "job")
         assert result.exit_code == 0, result.output
         jobs = math.prod(1 + arg.count(",") for arg in args)

@@ -14,7 +14,7 @@ import torch
 from small_jobs import SMALL, SURVEY, files, gap, read_json, read_lines, weights
 from typer.testing import Result
 
-from rlhf_cli.stages.workspace import Workspace
+from rlhf_cli.stages import results
 from rlhf_cli.trainers.common import Reporter
 
 Small = Callable[..., Path]
@@ -141,7 +141,7 @@ def test_a_run_interrupted_while_it_is_measured_is_not_trained_again(
     if case not in whole:
         whole[case] = small("align", *CASES[case], name="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "final_metrics", interrupt)
+        patch.setattr(results, "measure_policy", interrupt)
         with pytest.raises(KeyboardInterrupt, match="^$"):
             small("align", *CASES[case])
     steps: list[int] = []

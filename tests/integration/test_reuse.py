@@ -114,7 +114,8 @@ def test_a_multirun_trains_each_stage_once_a_seed_and_compares_its_jobs(rlhf: Rl
         "PairwiseTrainer": 4,
     }
     jobs = {f"algo={algo},seed={seed}" for algo in ("kl_ppo", "pm", "dpo", "rpo") for seed in (0, 1)}
-    assert files(Path("sweep")) == {*jobs, "compare.csv", "compare.md", "compare.png", "curves.png"}
+    tables = {"compare.csv", "compare.html", "compare.md", "runs.csv"}
+    assert files(Path("sweep")) == {*jobs, *tables, "compare.png", "curves.png", "frontier.png", "pairs.png"}
     assert files(Path("store/sft")) != set()
     assert (len(files(Path("store/sft"))), len(files(Path("store/rm")))) == (2, 2)
     for name in jobs:
@@ -122,7 +123,7 @@ def test_a_multirun_trains_each_stage_once_a_seed_and_compares_its_jobs(rlhf: Rl
         assert read_json(Path("sweep", name, "metrics.json"))["best/step"] == 2
     pm, other = (weights(Path("sweep", f"algo=pm,seed={seed}", "model")) for seed in (0, 1))
     assert gap(pm, other) > 1e-3, "another seed is another policy"
-    assert "| pm | 2 |" in Path("sweep/compare.md").read_text()
+    assert "| pm ! | 2 |" in Path("sweep/compare.md").read_text(), "two steps leave text that is no answer"
     assert files(Path()) == {"sweep", "store"}
 
     trained.clear()
@@ -144,4 +145,5 @@ def test_a_failing_job_does_not_stop_its_siblings(rlhf: Rlhf, store: Path) -> No
     assert len(lines) == 2
     assert "512 preference pairs are too few for one batch of 100000" in lines[0]
     assert "1 of 2 jobs failed: trainer.pairwise.batch_size=100000" in lines[1]
-    assert files(Path("sweep")) == {"trainer.pairwise.batch_size=16"}
+    assert [path.name for path in Path("sweep").iterdir() if path.is_dir()] == ["trainer.pairwise.batch_size=16"]
+    assert "trainer.pairwise.batch_size=100000" in Path("sweep/compare.md").read_text(), "the table shows it as failed"

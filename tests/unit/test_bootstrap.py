@@ -13,7 +13,7 @@ def test_the_interval_of_equal_values_is_a_point() -> None:
     assert interval("pm/tv", np.full(7, 0.25)) == {"pm/tv": 0.25, "pm/tv/lo": 0.25, "pm/tv/hi": 0.25, "pm/tv/n": 7}
 
 
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=20))
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20))
 @settings(deadline=None, max_examples=50)
 def test_the_interval_lies_within_the_values(values: list[float]) -> None:
     found = interval("x", np.array(values), resamples=200)
@@ -135,3 +135,24 @@ def test_a_rare_event_s_interval_covers() -> None:
     rng = np.random.default_rng(0)
     drawn = [share_interval("eos", rng.binomial(4, 0.999, size=200) / 4) for _ in range(400)]
     assert np.mean([found["eos/lo"] <= 0.999 <= found["eos/hi"] for found in drawn]) > 0.9
+
+
+def test_wordings_of_a_question_are_drawn_together() -> None:
+    """Two copies of each of 40 values: as pairs they say no more than the 40, alone they would pass for 80."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40)
+    twice, groups = np.repeat(values, 2), np.repeat(np.arange(40), 2)
+    own, paired, alone = interval("m", values), interval("m", twice, groups=groups), interval("m", twice)
+    widths = [found["m/hi"] - found["m/lo"] for found in (own, paired, alone)]
+    assert paired == pytest.approx(own)
+    assert widths[2] == pytest.approx(widths[0] / np.sqrt(2), rel=0.1)
+    mean = interval_of("m", np.mean, twice, groups=groups)
+    assert [mean[f"m{end}"] for end in ("", "/lo", "/hi", "/n")] == pytest.approx(list(own.values()))
+    shares = rng.integers(2, size=40).astype(float)
+    assert share_interval("s", np.repeat(shares, 2), groups=groups) == pytest.approx(share_interval("s", shares))
+
+
+def test_one_prompt_has_no_interval() -> None:
+    assert interval("m", np.array([0.3, np.nan])) == {"m": 0.3, "m/n": 1}
+    assert interval_of("m", np.mean, np.array([0.3])) == {"m": 0.3, "m/n": 1}
+    assert interval("m", np.array([0.3, 0.5]), groups=np.array([7, 7])) == {"m": 0.4, "m/n": 1}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from base64 import b64decode
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_runs_without_metrics_and_of_earlier_stages_are_named_and_skipped(tmp_pa
     folder = write_run(tmp_path / "sft")
     (folder / "config.yaml").write_text("seed: 0\n")
     (write_run(tmp_path / "lost", "dpo") / "metrics.json").unlink()
-    write_run(tmp_path / "none", "rpo", metrics={"pm/tv": None})
+    write_run(tmp_path / "none", "rpo", metrics={})
     text = table(run([write_run(tmp_path / "x"), *(tmp_path / name for name in ("sft", "lost", "none"))]))
     assert first_cells(text) == ["policy", "---", "sft", "pm"]
     notes = capsys.readouterr().err
@@ -156,11 +157,21 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
         run([tmp_path])
 
 
-def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_infinite(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "x", metrics={"pm/tv": 0.1, "pm/kl_rm_policy": None, "pm/kl_policy_rm": float("inf")})
     loaded = load_run(folder, lambda _: None)
     assert loaded is not None
-    assert loaded.metrics == {"pm/tv": 0.1}
+    assert loaded.metrics == {"pm/tv": 0.1, "pm/kl_rm_policy": math.inf, "pm/kl_policy_rm": math.inf}
+
+
+def test_a_metric_that_is_not_finite_in_one_seed_is_shown_and_not_ranked(tmp_path: Path) -> None:
+    for seed, value in ((0, 0.1), (1, None)):
+        write_run(tmp_path / f"pm{seed}", "pm", seed, metrics={"pm/tv": value, "pm/kl_rm_policy": 1.0})
+        write_run(tmp_path / f"dpo{seed}", "dpo", seed, metrics={"pm/tv": 0.3, "pm/kl_rm_policy": 1.0})
+    text = table(run([tmp_path]))
+    assert "| pm | 2 | – | ∞ | 1.000 ± 0.000 |" in text
+    assert "| dpo | 2 | 1 | 0.300 ± 0.000 |" in text
+    assert "- ∞: not finite in a seed at least" in text
 
 
 def test_completions_may_hold_any_separator(tmp_path: Path) -> None:
@@ -187,6 +198,43 @@ def test_an_evaluation_replaces_the_run_it_judges_again(tmp_path: Path, capsys: 
     assert f"left out {aligned}: a run with the same settings and seed ended after it." in capsys.readouterr().err
 
 
+def test_a_model_inside_a_run_is_named_after_the_run(tmp_path: Path) -> None:
+    aligned = write_run(tmp_path / "run" / "a", "pm")
+    for name, policy in (("one", aligned / "model"), ("two", aligned / "best"), ("gone", tmp_path / "opt-x" / "model")):
+        write_run(tmp_path / "ev" / name, "dpo", policy=str(policy), seed=len(name))
+    assert first_cells(table(run([tmp_path / "ev"], tmp_path / "out")))[2:] == [
+        *("sft", f"pm policy={aligned / 'best'}", f"pm policy={aligned / 'model'}", "opt-x")
+    ]
+
+
+def test_what_a_language_model_judged_is_added_to_the_seed(tmp_path: Path) -> None:
+    aligned = write_run(
+        tmp_path / "pm",
+        metrics={"pm/tv": 0.1, "gold/tv": 0.4, "pm/pair_tv": 0.2, "pm/pair_tv/lo": 0.1, "pm/pair_tv/hi": 0.3},
+    )
+    judge = {"name": "openai", "model": "m", "prompts": 8}
+    later = {"policy": str(aligned), "judge": judge, "ended": "2026-01-02"}
+    write_run(tmp_path / "ev", metrics={"pm/tv": 0.3, "pm/pair_tv": 0.5, "win_rate/llm": 0.7}, **later)
+    out = run([tmp_path])
+    assert first_cells(table(out))[2:] == ["pm"]
+    lines = {line["metric"]: line for line in csv.DictReader((out / "compare.csv").read_text().splitlines())}
+    assert {key: float(line["mean"]) for key, line in lines.items()} == {
+        **{"pm/tv": 0.3, "gold/tv": 0.4, "pm/pair_tv": 0.5, "win_rate/llm": 0.7}
+    }
+    assert lines["pm/pair_tv"]["lo"] == "", "no end of an interval about another mean"
+    # A run trained anew is another policy: nothing of the earlier one is kept.
+    write_run(tmp_path / "again", metrics={"pm/tv": 0.2}, ended="2026-01-03")
+    assert "judge wins" not in table(run([tmp_path]))
+
+
+def test_the_caption_of_pairs_names_the_seed_that_is_shown(tmp_path: Path) -> None:
+    for name, algo, seed in (("a", "pm", 0), ("b", "pm", 1), ("c", "dpo", 1)):
+        folder = write_run(tmp_path / name, algo, seed)
+        (folder / "pairs.json").write_text(json.dumps(pairs_json()))
+    assert "of a held-out pair (seed 1)" in (run([tmp_path]) / "compare.html").read_text()
+    assert "of a held-out pair<" in (run([tmp_path / "a"], tmp_path / "out") / "compare.html").read_text()
+
+
 def test_reward_models_that_judge_are_named_by_their_settings_not_their_seed(tmp_path: Path) -> None:
     judges = [write_rm(tmp_path / f"rm{seed}", "bt", seed, 0.8) for seed in (0, 1)]
     other = write_rm(tmp_path / "other", "pcrm_length", 1, 0.8)
@@ -210,8 +258,9 @@ def test_a_folder_of_runs_becomes_tables_figures_and_a_page(tmp_path: Path, caps
     assert out == tmp_path / "compare"
     assert names(out) == sorted([*TABLES, "compare.png", "curves.png"])
     # (0.10 + 0.11) / 2; half: t 12.706 * 0.00707 / sqrt 2 = 0.064
-    assert "| pm | 2 | 1 | 0.105 ± 0.064 | +0.0% |" in table(out)
-    assert "| sft | 2 | 4 | 0.600 ± 0.000 | -471% |" in table(out)
+    assert "| pm | 2 | 1 | 0.105 ± 0.064 | ~+0.0% | +0.000 ± 0.000 |" in table(out)
+    # 0.600 - 0.105; the same half as of the baseline alone
+    assert "| sft | 2 | 4 | 0.600 ± 0.000 | -471% | +0.495 ± 0.064 |" in table(out)
     page = (out / "compare.html").read_text()
     assert "Comparison of sft, kl_ppo, pm, dpo" in page
     printed, notes = capsys.readouterr()

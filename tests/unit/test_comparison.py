@@ -123,6 +123,19 @@ def test_reference_row_counts_each_seed_once_and_has_no_optimum() -> None:
     assert rows["pm"].cells["optimum/tv"].mean == pytest.approx(0.2)
 
 
+def test_a_reference_that_the_config_does_not_train_is_named() -> None:
+    metrics = {"pm/tv": 0.1, "reference/pm/tv": 0.6, "reference/pm_beta/tv": 0.7}
+    sft = replace(run_of("pm", 0, metrics, policy=None, reference="models/opt-x"), algorithm="sft")
+    rows = rows_of([run_of("pm", 0, metrics, reference="models/opt-x"), sft])
+    assert {name: row.cells["pm/tv"].mean for name, row in rows.items()} == {
+        **{"reference opt-x": 0.6, "sft": 0.1, "pm": 0.1}
+    }
+    assert rows["reference opt-x"].is_reference
+    assert not rows["sft"].is_reference
+    assert set(rows["reference opt-x"].cells) == {"pm/tv"}
+    assert rows["pm"].baseline == "reference opt-x"
+
+
 def test_unfinished_runs_are_listed_and_not_averaged() -> None:
     runs = [run_of("pm", 0, {"pm/tv": 0.2}), stopped("pm", 1), stopped("rpo", 2, "running", "")]
     found = compared(runs, failed=[("algo=dpo", "no pairs are left")])
@@ -244,6 +257,22 @@ def test_a_collapsed_row_is_flagged_and_never_ranked_by_divergence() -> None:
     assert by_tv == {"pm": 1, "kl_ppo": 2, "sft": None}
 
 
+@pytest.mark.parametrize(
+    "key", ["pm/divergence_max", "optimum/divergence", "heldout/pm/divergence", "by/x/pm/divergence"]
+)
+def test_no_kind_of_divergence_ranks_a_collapsed_row(key: str) -> None:
+    bad = replace(collapsed(), metrics={**collapsed().metrics, key: 0.001})
+    found = compared([bad, run_of("pm", 0, {"pm/tv": 0.1, key: 2.0})], rank_by=key)
+    assert {row.name: row.rank for row in found.rows} == {"pm": 1, "sft": None, "kl_ppo": None}
+    assert found.rank_by == key
+
+
+def test_other_seeds_in_other_rows_are_said() -> None:
+    words = "Not every row has the same seeds: ranks compare means over different seeds."
+    assert compared([run_of("pm", 0), run_of("pm", 1), run_of("dpo", 0)]).notes == [words]
+    assert compared([run_of("pm", 0), run_of("dpo", 0)]).notes == []
+
+
 def test_one_collapsed_seed_of_several_is_flagged_with_its_seed() -> None:
     # The mean entropy (0.01 + 0.9 + 0.9) / 3 = 0.6 is above a quarter of the reference's 1.
     row = rows_of([collapsed(0), collapsed(1, 0.9), collapsed(2, 0.9)])["kl_ppo"]
@@ -334,3 +363,42 @@ def test_reward_models_of_other_losses_are_one_set_and_of_other_judges_two() -> 
     assert len(comparable_sets([judge("bt", 0), judge("pcrm_length", 0)])) == 1
     found = sets_of([judge("bt", 0), judge("bt", 1, length_bias=0.3)])
     assert list(found)[1] == "Survey world 0, reward models: other dataset: dataset.length_bias=0.3"
+
+
+def measured_run(name: str, seed: int, about: dict[str, Any], **settings: Any) -> Run:
+    base = {"dataset": "d", "prompts": "p", "pool": None, "reward": f"r{seed}", "reference": f"s{seed}"}
+    return replace(run_of(name, seed, **settings), measured={**base, **about})
+
+
+def test_data_agrees_over_all_seeds_and_the_reference_within_one() -> None:
+    first = [measured_run("pm", seed, {}) for seed in (0, 1)]
+    found = sets_of([*first, measured_run("dpo", 2, {"dataset": "e"})])
+    assert found == {
+        "Survey world 0, reward bt": {"pm0", "pm1"},
+        "Survey world 0, reward bt: other dataset (measured.json)": {"dpo2"},
+    }
+    other = measured_run("dpo", 1, {"reference": "x"}, trainer={"sft": {"max_steps": 9}})
+    assert list(sets_of([*first, other]))[1].endswith(": other reference: trainer.sft.max_steps=9")
+    assert len(comparable_sets([*first, measured_run("dpo", 2, {"reference": "x"})])) == 1
+
+
+def test_one_reward_under_two_names_is_one_target() -> None:
+    own = [measured_run("pm", seed, {}) for seed in (0, 1)]
+    named = [measured_run("dpo", seed, {}, reward_model=["store/rm/model"], reference="x/sft") for seed in (0, 1)]
+    assert list(sets_of([*own, *named]).values()) == [{"pm0", "pm1", "dpo0", "dpo1"}]
+    again = replace(measured_run("pm", 0, {}, reward_model=["store/rm/model"]), path=Path("ev"), ended="2")
+    (one,) = comparable_sets([*own, again])
+    assert {run.path.name for run in one.runs} == {"ev", "pm1"}
+    assert [run.path.name for run in one.left_out] == ["pm0"]
+
+
+def test_a_reward_that_agrees_in_some_seeds_only_is_another_target() -> None:
+    own = [measured_run("pm", seed, {}) for seed in (0, 1)]
+    fixed = [measured_run("dpo", seed, {"reward": "r0"}, reward_model=["store/rm/model"]) for seed in (0, 1)]
+    found = sets_of([*own, *fixed])
+    assert list(found.values()) == [{"pm0", "pm1"}, {"dpo0", "dpo1"}]
+    assert list(found)[1].startswith("Survey world 0, reward rm r0: other reward model: ")
+    later = [measured_run("dpo", 5, {}, reward_model=["store/rm/model"])]
+    assert len(comparable_sets([*own, *later])) == 2, "no common seed says that they are the same"
+    clipped = [measured_run("rpo", seed, {}, reward__clip=3.0) for seed in (0, 1)]
+    assert len(comparable_sets([*own, *clipped])) == 2

@@ -60,7 +60,17 @@ def test_every_yaml_of_conf_is_reached_by_some_command() -> None:
     reached = {f"{choice.replace('=', '/')}.yaml" for _, choice in every_choice()} | {"reward/gold.yaml"}
     primaries = {f"{Catalog(command).primary}.yaml" for command in COMMANDS}
     there = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*.yaml")}
-    assert there == reached | primaries
+    sweeps = {f"sweep/{name}.yaml" for name in Catalog("align").choices("sweep")}  # of test_sweeps.py
+    assert there == reached | primaries | sweeps
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("a", ["a"]), ("null", []), ("[]", []), ("[a,b]", ["a", "b"]), ("'a,b'", ["a,b"]), ("[1,x]", ["1", "x"])],
+)
+def test_one_text_is_a_list_of_it_and_null_an_empty_one(given: str, found: list[str]) -> None:
+    assert compose.load("align", [f"tracker.tags={given}"]).tracker.tags == found
+    assert compose.load("evaluate", [f"reward_model={given}"]).reward_model == found
 
 
 def test_types_follow_algorithm_and_dataset() -> None:
@@ -128,7 +138,10 @@ REFUSED = {
     "algo.beta=true": r"algo\.beta=true .* It must be a number",
     "algo.beta.x=1": r"algo\.beta=.* command line.* must be a number",
     "algo.whiten_advantages=maybe": "must be true or false",
-    "tracker.tags=a": "must be a list of texts",
+    "tracker.tags=1": r"tracker\.tags=1 .*wrong type\. It must be a list of texts: \[a,b\]",
+    "tracker.tags=[a,null]": r"tracker\.tags=\['a', None\] .* must be a list of texts",
+    "tracker.tags=[[a]]": r"tracker\.tags=.* must be a list of texts",
+    "tracker.tags=[{a:1}]": r"tracker\.tags=.* must be a list of texts",
     # ranges
     "algo.beta=0": r"algo\.beta=0.* out of range\. It must be > 0\.$",
     "algo.alpha=2": r"algo\.alpha=2.* It must be > 0 and <= 1",
@@ -209,6 +222,12 @@ def test_refusals(overrides: str, message: str) -> None:
         ("train-sft", "reward.clip=1", "reward.clip .* is not a key of train-sft. It belongs to train-rm, align"),
         ("train-rm", "algo/constraint=length", "algo.constraint .* is not a key of train-rm. It belongs to align"),
         ("train-rm", "stage=rm", "stage .* is not a key of train-rm. It belongs to evaluate"),
+        ("evaluate", "reward_model=[a,null]", r"reward_model=\['a', None\] .* It must be a list of texts"),
+        ("evaluate", "reference=[a]", r"reference=.* It must be text or null"),
+        ("evaluate", "sampler.top_p=0", r"sampler\.top_p=0.* It must be > 0 and <= 1"),
+        ("evaluate", "sampler.temperature=0", r"sampler\.temperature=0.* It must be > 0"),
+        ("align", "sampler.top_p=0.9", r"sampler\.top_p .* is not a key of align. It belongs to evaluate"),
+        ("align", "judge=openai", r"judge .* is not a key of align. It belongs to evaluate"),
         ("evaluate", "stage=sft", r"stage=sft .* is not a choice\. .*Choose from policy, rm"),
         ("evaluate", "stage=null", "stage=null .* It must be text"),
     ],
@@ -216,6 +235,22 @@ def test_refusals(overrides: str, message: str) -> None:
 def test_refusals_of_other_commands(command: str, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose.load(command, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("reward_model=a", "reward_model="),
+        ("reference=a", "reference="),
+        ("sampler.top_p=0.9", "sampler.top_p=0.9"),
+        ("sampler.temperature=0.5", "sampler.temperature=0.5"),
+        ("judge=openai", "judge=openai"),
+    ],
+)
+def test_what_is_for_policies_alone_does_not_go_with_the_trust_report(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{named} does not go with stage=rm. The trust report judges"):
+        compose.load("evaluate", ["stage=rm", override])
+    assert compose.load("evaluate", ["stage=policy", override])
 
 
 def test_typos_are_answered_without_heavy_imports() -> None:

@@ -116,7 +116,7 @@ def test_prefixes_and_suffixes_are_put_into_words() -> None:
 
 
 def test_a_count_has_neither_the_metric_s_unit_nor_its_direction() -> None:
-    assert (describe("pm/tv/n").unit, describe("pm/tv/n").better) == ("samples", "none")
+    assert (describe("pm/tv/n").unit, describe("pm/tv/n").better) == ("prompts", "none")
     assert (describe("pm/tv/lo").unit, describe("pm/tv/lo").better) == ("share", "lower")
 
 

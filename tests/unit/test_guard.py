@@ -76,7 +76,7 @@ def test_a_bound_without_its_numbers_is_not_crossed(missing: float | None) -> No
 
 
 def test_the_bounds_are_stated_one_a_line_with_their_numbers() -> None:
-    assert len(BOUNDS) == 4
+    assert len(BOUNDS) == 5
     assert all("\n" not in line and not line.endswith(".") for line in BOUNDS)
     assert "more than 0.2 of the mass off the answer set" in BOUNDS
     assert "entropy per token above 2 times the reference's and over 1 nat above it" in BOUNDS
@@ -84,3 +84,24 @@ def test_the_bounds_are_stated_one_a_line_with_their_numbers() -> None:
 
 def test_the_keys_that_are_read_exist() -> None:
     assert all(known(key) for key in HEALTHY)
+
+
+def test_random_text_is_flagged_where_the_reference_is_unsure_itself() -> None:
+    """A reference of 4.5 nats of the 7.62 of 2,048 tokens: twice is more than there is, half of its distance 6.06."""
+    unsure = {**HEALTHY, "reference/entropy/per_token": 4.5, "entropy/uniform": 7.62}
+    assert crossed({**unsure, "entropy/per_token": 6.0}) == []
+    (sentence,) = crossed({**unsure, "entropy/per_token": 6.1})
+    assert sentence == (
+        "entropy per token 6.1 is nearer to 7.62, that of random tokens, than half of the reference's distance (4.5)"
+        ": such text means nothing"
+    )
+
+
+def test_a_policy_that_covers_the_minority_has_not_collapsed() -> None:
+    """Where people nearly agree, so does the policy that matches them; on a pool of candidates that cannot be known."""
+    narrow = with_(entropy=0.06, reference_entropy=0.7, distinct_2=0.1)
+    assert len(crossed(narrow)) == 2
+    assert len(crossed({**narrow, "pm/minority_coverage": 0.49})) == 2
+    assert crossed({**narrow, "pm/minority_coverage": 0.5}) == []
+    assert len(crossed({**narrow, "pm/minority_coverage": 1.0, "pool/size": 9.0})) == 2
+    assert len(crossed({**narrow, "pm/minority_coverage": 1.0, "pm/offset_mass": 0.3})) == 1

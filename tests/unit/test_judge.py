@@ -124,7 +124,9 @@ def test_win_rate_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
 def test_a_judge_that_always_takes_the_first_decides_nothing(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.answer = lambda first, second: "A"
     metrics = Judge(config(endpoint.base_url), tmp_path).win_rate(ITEMS)
-    assert [metrics[f"win_rate/llm{end}"] for end in ("", "/lo", "/hi", "_inconsistent")] == [0.5, 0.5, 0.5, 1.0]
+    assert [metrics[f"win_rate/llm{end}"] for end in ("", "_inconsistent")] == [0.5, 1.0]
+    assert metrics["win_rate/llm/lo"] < 0.2  # three ties are little to go by
+    assert metrics["win_rate/llm/hi"] > 0.8
 
 
 def test_a_win_beside_a_tie_is_three_quarters_and_inconsistent(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -136,7 +138,8 @@ def test_equal_and_empty_texts_are_ties_without_asking(endpoint: Endpoint, tmp_p
     judge = Judge(config(endpoint.base_url), tmp_path)
     metrics = judge.win_rate([Comparison("p", "same ", "same"), Comparison("p", "", " \n")])
     assert endpoint.asked == []
-    assert metrics == {"win_rate/llm": 0.5, "win_rate/llm/lo": 0.5, "win_rate/llm/hi": 0.5, "win_rate/llm/n": 2}
+    assert {"win_rate/llm": 0.5, "win_rate/llm/n": 2}.items() <= metrics.items()
+    assert metrics.keys() == {"win_rate/llm", "win_rate/llm/lo", "win_rate/llm/hi", "win_rate/llm/n"}
     judge.compare([Comparison("p", "", "something")])
     assert set(endpoint.asked) == {("(empty)", "something"), ("something", "(empty)")}
 

@@ -11,7 +11,7 @@ from rlhf_cli.report.labels import Label, place_labels
 from rlhf_cli.report.pair_figures import _figure as pairs_figure
 from rlhf_cli.report.pair_figures import calibration_error, pair_figure
 from rlhf_cli.report.run_groups import Run
-from rlhf_cli.report.style import colours, hues, legend_columns, markers, written
+from rlhf_cli.report.style import REFERENCE, colours, hues, legend_columns, markers, written
 
 
 def run(algorithm: str, seed: int = 0, *, beta: float = 1.0, metrics: dict[str, Any] | None = None, **algo: Any) -> Run:
@@ -69,6 +69,7 @@ def test_the_reference_is_a_diamond_of_its_own_seeds() -> None:
     groups = {name: [run(name, n, metrics=found) for n, found in enumerate(seeds)] for name in ("pm", "dpo")}
     drift, matching = frontier(groups).axes
     assert drawn(drift, "D") == [(0.0, pytest.approx(0.2))]
+    assert {line.get_color() for line in drift.get_lines() if line.get_marker() == "D"} == {REFERENCE}
     assert drawn(matching, "D") == [(pytest.approx(0.4), pytest.approx(0.2))]
     alone = frontier({"pm": [run("pm", metrics={"reward/mean": 1.0, "pm/tv": 0.2})]})
     assert drawn(alone.axes[0], "D") == []
@@ -90,7 +91,7 @@ def test_a_collapsed_policy_is_a_hollow_cross() -> None:
         assert len(drawn(axes, "X")) == 1
     crosses = [line for line in figure.axes[0].get_lines() if line.get_marker() == "X"]
     assert {line.get_markerfacecolor() for line in crosses} == {"white"}
-    assert "collapsed: beyond a bound of the guard" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "flagged: beyond a bound of the guard" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_settings_of_one_coefficient_are_joined_in_its_order_and_labelled() -> None:

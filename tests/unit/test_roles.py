@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,16 @@ def made(folder: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        (["runs/rm-seed1"], ["rm-seed1"]),
+        (["runs/rm-v2"], ["rm-v2"]),
+        (["runs/rm-seed1"], ["rm"]),
+        (["runs/bt-survey-tiny-seed0-1a2b3c4d", "sweep/reward=bt,seed=2"], ["bt-survey-tiny", "reward-bt"]),
+        (["a/rm-seed1", "a/rm-seed2"], ["rm", "rm-2"]),
+        (["seed1", "runs/seedless"], ["judge", "seedless"]),
         (["runs/rm/"], ["rm"]),
         (["runs/rm/model", "runs/other/best"], ["rm", "other"]),
         (["OpenAssistant/reward-model"], ["reward-model"]),
         (["org/model"], ["org"]),
-        (["runs/algo=rm,seed=1"], ["algo-rm-seed-1"]),
+        (["runs/algo=rm,lr=0.1"], ["algo-rm-lr-0.1"]),
         (["a/rm", "b/rm", "c/rm"], ["rm", "rm-2", "rm-3"]),
         (["a/rm", "rm-2", "b/rm"], ["rm", "rm-2", "rm-3"]),
         (["rm-2", "a/rm", "b/rm"], ["rm-2", "rm", "rm-3"]),
@@ -176,7 +181,12 @@ def evaluation(dataset: str = "preferences", path: str = "rows.jsonl", **keys: A
     """Return the config of an evaluation on a dataset, of the file at `path`; `dataset.x` as dataset__x."""
     Path("rows.jsonl").touch()
     overrides = [f"dataset={dataset}", *([f"dataset.path={path}"] if dataset != "survey" else []), "tracker=none"]
-    cfg = compose.load("evaluate", [*overrides, *(f"{key.replace('__', '.')}={keys[key]}" for key in keys)])
+    return loaded((*overrides, *(f"{key.replace('__', '.')}={keys[key]}" for key in keys)))
+
+
+@cache
+def loaded(overrides: tuple[str, ...]) -> EvaluateConfig:
+    cfg = compose.load("evaluate", list(overrides))
     assert isinstance(cfg, EvaluateConfig)
     return cfg
 
