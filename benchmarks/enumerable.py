@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.config.schema import MadeModelConfig
 from rlhf_cli.data.tokenizer import SPECIALS, word_tokenizer
 from rlhf_cli.models.logps import frozen_token_logps, token_logps
 from rlhf_cli.models.policy import make_policy
@@ -28,7 +28,7 @@ BOS, PAD, EOS = (SPECIALS[name] for name in ("<s>", "<pad>", "</s>"))
 LENGTH = 3  # tokens of a response, end-of-sequence included
 WRITER = np.array([0.40, 0.22, 0.10, 0.08, 0.06, 0.06, 0.04, 0.04])  # shares of the answers in demonstrations
 OFFSET_REWARD = -4.0
-SIZES = ModelConfig(
+SIZES = MadeModelConfig(
     name="enumerable", path=None, hidden_size=32, ffn_size=64, layers=2, heads=2, init_std=0.2, vocab_size=300
 )
 

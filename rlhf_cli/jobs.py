@@ -50,7 +50,9 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     constraint = getattr(getattr(cfg, "algo", None), "constraint", None)
     if constraint is not None and constraint.name != "none":
         names["algo/constraint"] = constraint.name
-    in_force = {**names, "dataset": cfg.dataset.source, "seed": cfg.seed}
+    if cfg.peft.name != "none":
+        names["peft"] = cfg.peft.name
+    in_force = {**names, "dataset": cfg.dataset.name, "seed": cfg.seed}
     shown = " ".join(f"{key}={value}" for key, value in in_force.items() if value is not None)
     typer.echo(f"rlhf {command}: {shown}", err=True)
     data.check(cfg.dataset)

@@ -75,17 +75,22 @@ class Catalog:
 
     @cached_property
     def groups(self) -> dict[str, str | None]:
-        """Each config group of the command, with its default choice."""
+        """Each config group of the command, with its default choice.
+
+        Groups of other commands stand in its yaml with null, so that one experiment serves all; they are left out.
+        """
         found: dict[str, str | None] = {}
         for entry in self.read(self.primary).get("defaults") or []:
             if isinstance(entry, dict) and not (name := str(next(iter(entry)))).startswith("override "):
                 group = name.removeprefix("optional ").strip().removeprefix("/").partition("@")[0]
-                found[group] = entry[name]
+                if entry[name] is not None or name.startswith("optional "):
+                    found[group] = entry[name]
         return found
 
     def choices(self, group: str) -> list[str]:
         """Return the choices of one group, sorted."""
-        return sorted({path.stem for directory in self.directories for path in (directory / group).glob("*.yaml")})
+        found = {path.stem for directory in self.directories for path in (directory / group).glob("*.yaml")}
+        return sorted(found)
 
     def path(self, name: str) -> Path | None:
         """Return the file of a yaml such as `algo/pm`, or None."""
@@ -116,7 +121,13 @@ class Catalog:
     def choices_with(self, key: str) -> list[str]:
         """Return the choices, as `algo=pm`, of the key's own group whose yaml has this dotted key."""
         group, rest = self.home(key)
-        return [f"{group}={name}" for name in self.choices(group) if has_key(self.read(f"{group}/{name}"), rest)]
+        return [f"{group}={name}" for name in self.choices(group) if self.sets(group, name, rest)]
+
+    def sets(self, group: str, name: str, key: str) -> bool:
+        """Return whether the yaml of a choice, or one of its group that it builds upon, has a dotted key."""
+        content = self.read(f"{group}/{name}")
+        bases = [entry for entry in content.get("defaults") or [] if isinstance(entry, str) and entry != "_self_"]
+        return has_key(content, key) or any(self.sets(group, base, key) for base in bases)
 
 
 def has_key(content: Any, key: str) -> bool:

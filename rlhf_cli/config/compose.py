@@ -63,6 +63,7 @@ def load(command: str, overrides: list[str], config_dir: Path | None = None) -> 
     _admit_user_modules(config_dir)
     values, chosen = _composed(catalog, [hydra_form(override, catalog) for override in parsed])
     values = {key: value for key, value in values.items() if not _is_foreign(key, command, parsed)}
+    _fill_mixture(values, catalog)
     return validate.typed(catalog, values, _origin(catalog, parsed, chosen))
 
 
@@ -164,8 +165,44 @@ def search_path(catalog: Catalog) -> Iterator[str]:
         UserDirectory.directory, running.hydra = before, outer
 
 
+def _scaled(rate: float, *, _root_: Any) -> float:
+    """Return a learning rate that is made for training all weights, times the adapters' factor if there are some."""
+    return float(rate) * float(OmegaConf.select(_root_, "peft.learning_rate_factor", default=1.0))
+
+
+def _survey_or_text(survey: Any, text: Any, *, _root_: Any) -> Any:
+    """Return the first value on the survey world, the second on other data."""
+    return survey if OmegaConf.select(_root_, "dataset.source") == "survey" else text
+
+
+def _fill_mixture(values: dict[str, Any], catalog: Catalog) -> None:
+    """Put what the parts of a mixture stand for, the values of their own yaml, into the config.
+
+    Raises:
+        ConfigError: a part is neither a dataset with a source of rows nor a path.
+    """
+    block = values.get("dataset")
+    if not isinstance(block, dict) or block.get("source") != "mixture":
+        return
+    if "sources" in block:
+        raise ConfigError("dataset.sources is not set by hand", "It is what dataset.parts stand for", "Set dataset.parts")
+    parts = block.get("parts")
+    names = parts if isinstance(parts, list) else [parts]
+    known = catalog.choices("dataset")
+    block["sources"] = []
+    for name in names:
+        chosen = [f"dataset={name}"] if name in known else ["dataset=preferences", f"++dataset.path='{name}'"]
+        part = _composed(catalog, chosen)[0]["dataset"]
+        if part["source"] in ("survey", "mixture"):
+            texts = [choice for choice in known if choice not in ("survey", "mixture")]
+            raise ConfigError(f"dataset.parts has {name}, which cannot be mixed", todo=advice(str(name), texts))
+        block["sources"].append(part)
+
+
 def _composed(catalog: Catalog, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the composed values as plain dicts, and the choice of each group."""
+    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+    OmegaConf.register_new_resolver("survey_or_text", _survey_or_text, replace=True)
     try:
         with search_path(catalog) as ours, initialize_config_dir(ours, version_base=HYDRA_VERSION_BASE):
             cfg = compose(catalog.primary, overrides, return_hydra_config=True)

@@ -61,7 +61,7 @@ def run_name(command: str, cfg: Any, shown: Sequence[Override]) -> str:
         f"{leaf if leaves.count(leaf) == 1 else item.key_or_group}={_short(item)}"
         for leaf, item in zip(leaves, changed, strict=True)
     ]
-    last = [f"seed={cfg.seed}", cfg.dataset.source, cfg.model.name]
+    last = [f"seed={cfg.seed}", cfg.dataset.name, cfg.model.name]
     room = LONGEST_NAME - sum(len(part) + 1 for part in (*first, *last))
     while sum(len(part) + 1 for part in pairs) > room:
         pairs.pop()

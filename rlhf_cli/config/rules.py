@@ -8,11 +8,16 @@ from rlhf_cli.config.schema import (
     CosinePrior,
     DatasetConfig,
     GenerationConfig,
+    MadeModelConfig,
+    MixtureConfig,
+    ModelConfig,
     OnlineAlgoConfig,
     OnlineTraining,
+    PeftConfig,
     Prior,
     RandomPrior,
     SimilarityPrior,
+    SplitConfig,
     StageTraining,
     SurveyConfig,
     TextConfig,
@@ -28,11 +33,7 @@ def check_rules(command: str, cfg: Any) -> None:
     """
     for stage in ("sft", "rm", "online", "pairwise"):
         _check_stage(f"trainer.{stage}", getattr(cfg.trainer, stage))
-    if cfg.model.hidden_size % cfg.model.heads:
-        raise ConfigError(
-            f"model.hidden_size={cfg.model.hidden_size} is not divisible by model.heads={cfg.model.heads}",
-            "Every head has the same width",
-        )
+    _check_model(cfg.model, cfg.peft)
     _check_dataset(cfg.dataset)
     if hasattr(cfg, "reward") and cfg.reward.name == "gold":
         _check_gold(command, cfg)
@@ -42,10 +43,51 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_prior("reward", cfg.reward)
     if hasattr(cfg, "algo"):
         _check_prior("algo.constraint", cfg.algo.constraint)
+    if getattr(cfg.model, "share_base", False) and getattr(getattr(cfg, "reward", None), "name", "") == "warm":
+        raise ConfigError(
+            "reward=warm does not go with model.share_base=true",
+            "It averages whole models, not adapters",
+            "Use model.share_base=false",
+        )
     if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
         _check_online(cfg.algo, cfg.trainer.online)
     if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
         _check_closed(cfg.generation)
+
+
+def _check_model(model: ModelConfig, peft: PeftConfig) -> None:
+    if isinstance(model, MadeModelConfig):
+        if model.hidden_size % model.heads:
+            raise ConfigError(
+                f"model.hidden_size={model.hidden_size} is not divisible by model.heads={model.heads}",
+                "Every head has the same width",
+            )
+    elif model.path is None:
+        raise ConfigError(
+            f"model.path is null, and model={model.name} is loaded from somewhere",
+            todo="Name a folder in Hugging Face layout or a Hub id: model.path=ORG/NAME",
+        )
+    if not model.share_base:
+        return
+    needed = "The roles share one base through adapters, each started from the SFT policy"
+    if peft.name == "none":
+        raise ConfigError("model.share_base=true needs adapters", needed, "Add peft=lora")
+    if model.reward_path is not None or model.reward_start != "sft":
+        raise ConfigError(
+            "model.share_base=true does not go with a reward model on another base",
+            needed,
+            "Use model.reward_path=null model.reward_start=sft",
+        )
+
+
+def _check_mixture(dataset: MixtureConfig) -> None:
+    if len(dataset.parts) != len(dataset.weights) or not dataset.parts:
+        raise ConfigError(
+            f"dataset.parts has {len(dataset.parts)} datasets and dataset.weights {len(dataset.weights)} numbers",
+            "Every part has one weight",
+        )
+    if any(not 0 < weight < float("inf") for weight in dataset.weights):
+        raise ConfigError(f"dataset.weights={dataset.weights} has a weight that is not a number > 0")
 
 
 def _check_trust(cfg: Any) -> None:
@@ -106,12 +148,14 @@ def _check_stage(key: str, stage: StageTraining) -> None:
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:
-    if not isinstance(dataset, TextConfig):
+    if not isinstance(dataset, SplitConfig):
         return
-    if dataset.path is None:
+    if isinstance(dataset, MixtureConfig):
+        _check_mixture(dataset)
+    if isinstance(dataset, TextConfig) and dataset.path is None:
         raise ConfigError(
-            f"dataset.path is null, and dataset={dataset.source} reads a file",
-            todo="Name it: dataset.path=FILE.jsonl or FILE.jsonl.gz",
+            f"dataset.path is null, and dataset={dataset.name} reads a file, a folder or a dataset of the Hub",
+            todo="Name it: dataset.path=FILE.jsonl",
         )
     if dataset.sft_fraction + dataset.rm_fraction >= 1:
         raise ConfigError(
@@ -130,7 +174,7 @@ def _check_gold(command: str, cfg: Any) -> None:
         )
     if not isinstance(cfg.dataset, SurveyConfig):
         raise ConfigError(
-            f"reward=gold needs dataset=survey, not {cfg.dataset.source}",
+            f"reward=gold needs dataset=survey, not {cfg.dataset.name}",
             "Only there the true reward is known",
             "Use reward=bt",
         )

@@ -6,41 +6,21 @@ imported here, so a config error is answered before torch is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-
-def setting(
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-    choices: Sequence[str] | None = None,
-    identity: bool = True,
-    reading: bool = False,
-) -> Any:
-    """Return a dataclass field without a value, with the range its value must lie in.
-
-    Args:
-        gt, ge, lt, le: bounds (exclusive, inclusive, exclusive, inclusive); null is never compared.
-        choices: the allowed strings.
-        identity: False keeps the key out of the content hash by which finished stages are re-used
-            (logging, places, hardware: what cannot change the result).
-        reading: True says that the key changes how a trained model is read, not how it is trained.
-    """
-    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    metadata: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
-    if choices is not None:
-        metadata["choices"] = tuple(choices)
-    if not identity:
-        metadata["identity"] = False
-    if reading:
-        metadata["reading"] = True
-    return field(default=MISSING, metadata=metadata)
+from rlhf_cli.config.inputs import DatasetConfig as DatasetConfig
+from rlhf_cli.config.inputs import LoraConfig as LoraConfig
+from rlhf_cli.config.inputs import MadeModelConfig as MadeModelConfig
+from rlhf_cli.config.inputs import MixtureConfig as MixtureConfig
+from rlhf_cli.config.inputs import ModelConfig as ModelConfig
+from rlhf_cli.config.inputs import PeftConfig as PeftConfig
+from rlhf_cli.config.inputs import QLoraConfig as QLoraConfig
+from rlhf_cli.config.inputs import SplitConfig as SplitConfig
+from rlhf_cli.config.inputs import SurveyConfig as SurveyConfig
+from rlhf_cli.config.inputs import TextConfig as TextConfig
+from rlhf_cli.config.setting import setting as setting
 
 
 @dataclass
@@ -140,58 +120,6 @@ class TrainedRewardConfig(RewardConfig):
 
 
 @dataclass
-class ModelConfig:
-    """The policy: its architecture when it is made locally (path null), else where it is loaded from."""
-
-    name: str = MISSING
-    path: str | None = MISSING
-    hidden_size: int = setting(ge=8)
-    ffn_size: int = setting(ge=8)
-    layers: int = setting(ge=1)
-    heads: int = setting(ge=1)
-    init_std: float = setting(gt=0)
-    vocab_size: int = setting(ge=300)
-
-
-@dataclass
-class DatasetConfig:
-    """What every dataset has. `source` names the loader: survey, hh_rlhf or preferences."""
-
-    source: str = setting(choices=["survey", "hh_rlhf", "preferences"])
-    max_prompt_tokens: int = setting(ge=1)
-    max_completion_tokens: int = setting(ge=1)
-
-
-@dataclass
-class SurveyConfig(DatasetConfig):
-    """The survey world: opinion questions whose answers, shares and gold rewards are known exactly."""
-
-    seed: int = setting(ge=0)
-    questions: int = setting(ge=1)
-    demonstrations: int = setting(ge=1)
-    pairs: int = setting(ge=1)
-    heldout_pairs: int = setting(ge=1)
-    ranking_size: int = setting(ge=2, le=8)
-    length_bias: float = setting()
-    gold_offset_reward: float = setting(le=0)
-    closed_vocabulary: bool = setting()
-
-
-@dataclass
-class TextConfig(DatasetConfig):
-    """Preference pairs in a local file (`hh_rlhf`: two dialogues a line; `preferences`: prompt, chosen, rejected)."""
-
-    path: str | None = MISSING
-    split_seed: int = setting(ge=0)
-    sft_fraction: float = setting(gt=0, lt=1)
-    rm_fraction: float = setting(gt=0, lt=1)
-    heldout_fraction: float = setting(gt=0, lt=1)
-    eval_prompts: int = setting(ge=1)
-    eval_samples: int = setting(ge=2)
-    pool_samples: int = setting(ge=0)
-
-
-@dataclass
 class StageTraining:
     """How one stage is optimised. Exactly one of max_steps (optimizer steps) and epochs is given."""
 
@@ -265,6 +193,7 @@ class CommandConfig:
     store_dir: str = setting(identity=False)
     device: str = setting(choices=["auto", "cpu", "cuda"], identity=False)
     model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata={"identity": False})

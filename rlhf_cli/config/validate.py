@@ -14,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cli.config.catalog import Catalog, advice, has_key, nearest
+from rlhf_cli.config.inputs import DATASETS, PEFT
 from rlhf_cli.config.rules import check_rules
 from rlhf_cli.config.schema import (
     AlgoConfig,
@@ -24,11 +25,13 @@ from rlhf_cli.config.schema import (
     EvaluateConfig,
     FixedPrior,
     LengthPrior,
+    MadeModelConfig,
+    MixtureConfig,
+    ModelConfig,
+    PeftConfig,
     Prior,
     RandomPrior,
     RewardConfig,
-    SurveyConfig,
-    TextConfig,
     TrainedRewardConfig,
     TrainRmConfig,
     TrainSftConfig,
@@ -41,7 +44,6 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "align": AlignConfig,
     "evaluate": EvaluateConfig,
 }
-DATASETS: dict[str, type[DatasetConfig]] = {"survey": SurveyConfig, "hh_rlhf": TextConfig, "preferences": TextConfig}
 PRIORS: dict[str, type[Prior]] = {
     "none": Prior,
     "length": LengthPrior,
@@ -70,7 +72,11 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         ConfigError: an unknown key, a key without a value, a wrong type, a value out of range, a broken rule.
     """
     command_schema = COMMANDS[catalog.command]
-    blocks: dict[str, type] = {"dataset": _dataset_schema(_block(values, "dataset").get("source"))}
+    blocks: dict[str, type] = {
+        "model": _model_schema(_block(values, "model")),
+        "peft": _peft_schema(_block(values, "peft").get("name"), catalog),
+        "dataset": _dataset_schema(_block(values, "dataset").get("source")),
+    }
     own = {field.name for field in fields(command_schema)}
     if "reward" in own:
         blocks["reward"] = reward_schema(_block(values, "reward").get("name"), catalog)
@@ -79,6 +85,7 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         blocks["algo"] = algo_schema(algo.get("name"), catalog)
         blocks["algo.constraint"] = _constraint_schema(algo.get("constraint"), where)
     leaves = {key: (hint, field) for key, hint, field in _leaves(command_schema, blocks)}
+    sources = _block(values, "dataset").pop("sources", [])  # what the parts of a mixture stand for
     for key in _flat(values, leaves):
         if key not in leaves:
             raise unknown_key(key, catalog, list(leaves), where(key))
@@ -93,29 +100,32 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         group, _, inner = name.rpartition(".")
         (schema[group] if group else schema)[inner] = OmegaConf.structured(block)
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(schema, values))
+        cfg = cast(CommandConfig, OmegaConf.to_object(OmegaConf.merge(schema, values)))
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
         raise _type_error(key, _at(values, key), leaves[key][0], where(key)) from None
+    if isinstance(cfg.dataset, MixtureConfig):
+        cfg.dataset.sources = sources
     for key, (_, field) in leaves.items():
         check_range(key, attrgetter(key)(cfg), field.metadata, where(key))
-    check_rules(catalog.command, cast(CommandConfig, cfg))
-    return cast(CommandConfig, cfg)
+    check_rules(catalog.command, cfg)
+    return cfg
 
 
 def _make_lists(
     values: dict[str, Any], leaves: Mapping[str, tuple[Any, Field[Any]]], where: Callable[[str], str]
 ) -> None:
-    """Turn one text into a list of it, and null into an empty list, where the schema has a list of texts.
+    """Turn one value into a list of it, and null into an empty list, where the schema has a list.
 
     Raises:
-        ConfigError: something in a list is no text.
+        ConfigError: something in a list is no plain value.
     """
     for key in (key for key, (hint, _) in leaves.items() if get_origin(hint) is list and has_key(values, key)):
         block, _, name = key.rpartition(".")
         holder = _at(values, block) if block else values
         value = holder[name]
-        if value is None or isinstance(value, str):
+        single = (int, float) if get_args(leaves[key][0]) == (float,) else (str,)
+        if value is None or isinstance(value, single):
             holder[name] = [] if value is None else [value]
         elif not isinstance(value, list) or any(item is None or isinstance(item, (list, dict)) for item in value):
             raise _type_error(key, value, leaves[key][0], where(key))
@@ -220,6 +230,18 @@ def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> Con
     return ConfigError(f"unknown key {key} (set {where})", todo=todo)
 
 
+def _model_schema(block: dict[str, Any]) -> type[ModelConfig]:
+    """Return the schema with sizes where the yaml describes a model that can be made here."""
+    sizes = {field.name for field in fields(MadeModelConfig)} - {field.name for field in fields(ModelConfig)}
+    return MadeModelConfig if sizes <= block.keys() else ModelConfig
+
+
+def _peft_schema(name: Any, catalog: Catalog) -> type[PeftConfig]:
+    if name not in PEFT:
+        raise ConfigError(f"peft.name={name} is not a choice", todo=advice(str(name), catalog.choices("peft")))
+    return PEFT[name]
+
+
 def _dataset_schema(source: Any) -> type[DatasetConfig]:
     if source not in DATASETS:
         raise ConfigError(f"dataset.source={source} is not a source", todo=advice(str(source), list(DATASETS)))
@@ -235,6 +257,8 @@ def _leaves(schema: type, blocks: Mapping[str, type], prefix: str = "") -> Itera
     """Yield (dotted key, type, field) of every value in a schema; `blocks` replaces top-level types by subclasses."""
     hints = get_type_hints(schema)
     for field in fields(schema):
+        if field.metadata.get("derived"):
+            continue
         key, hint = prefix + field.name, blocks.get(prefix + field.name, hints[field.name])
         if is_dataclass(hint):
             yield from _leaves(cast(type, hint), blocks, f"{key}.")
@@ -266,7 +290,7 @@ def _described(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_described(part) for part in get_args(hint))
     if get_origin(hint) is list:
-        return "a list of texts: [a,b]"
+        return "a list of numbers: [0.5,0.5]" if get_args(hint) == (float,) else "a list of texts: [a,b]"
     return TYPE_NAMES.get(hint, str(hint))
 
 

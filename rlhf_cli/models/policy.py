@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.config.schema import MadeModelConfig
 from rlhf_cli.errors import RunError
 
 
-def make_policy(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> Any:
+def make_policy(cfg: MadeModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> Any:
     """Return a freshly initialised OPT of the sizes in `cfg`, without dropout.
 
     Dropout is 0 in the model config: OPT's is functional, so switching modules off would leave it on.

@@ -70,7 +70,7 @@ def open_run(
     own = {**own_modules(cfg), **priors.encoders(cfg)}  # may change under the same config
     more = {**(more_identity or {}), **({"own": own} if own else {})}
     run_identity = {"command": command, **identity(cfg), "data": content(cfg.dataset), **more}
-    dataset = cfg.dataset.source
+    dataset = cfg.dataset.name
     name = default_name(what, dataset=dataset, model=cfg.model.name, seed=cfg.seed, identity=run_identity)
     directory = Path(cfg.run_dir) if cfg.run_dir else Path("runs") / name
     check_folder(directory, "run_dir")
@@ -97,7 +97,7 @@ def open_run(
 def _tags(cfg: CommandConfig) -> list[str]:
     """Return what runs are filtered by: algorithm, dataset, model, seed, reward."""
     algo, reward = (getattr(getattr(cfg, block, None), "name", None) for block in ("algo", "reward"))
-    found = [algo, cfg.dataset.source, cfg.model.name, f"seed{cfg.seed}", reward]
+    found = [algo, cfg.dataset.name, cfg.model.name, f"seed{cfg.seed}", reward]
     return [name for name in found if name is not None]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import CommandConfig, TrainSftConfig
+from rlhf_cli.config.schema import CommandConfig, MadeModelConfig, TrainSftConfig
 from rlhf_cli.data import load
 from rlhf_cli.data.encode import encode_demonstrations, fit_to_context
 from rlhf_cli.data.rows import PreferenceData
@@ -40,7 +40,7 @@ def build(cfg: CommandConfig, folder: Path, log: StageLog) -> None:
     data = fit_to_context(data, tokenizer, cfg.dataset)
     require_batch(data.demonstrations, cfg.trainer.sft.batch_size, "demonstrations", "trainer.sft.batch_size")
     longest = cfg.dataset.max_prompt_tokens + cfg.dataset.max_completion_tokens
-    policy = load_policy(cfg.model.path) if cfg.model.path else make_policy(cfg.model, tokenizer, max_positions=longest)
+    policy = load_policy(cfg.model.path) if cfg.model.path else make_policy(made(cfg), tokenizer, max_positions=longest)
     rows: list[Any] = encode_demonstrations(data.demonstrations, tokenizer, cfg.dataset)
     trainer = sft_trainer(
         policy, tokenizer, rows, cfg.trainer.sft, folder=folder / "checkpoints", seed=cfg.seed, device=device
@@ -51,12 +51,18 @@ def build(cfg: CommandConfig, folder: Path, log: StageLog) -> None:
     log.write_metrics({"sft/loss": _last_loss(trainer), "data/demonstrations": len(rows), **dropped(data)})
 
 
+def made(cfg: CommandConfig) -> MadeModelConfig:
+    """Return the sizes of a model that is made here; rules.py has refused a config with neither sizes nor a path."""
+    assert isinstance(cfg.model, MadeModelConfig)
+    return cfg.model
+
+
 def make_tokenizer(cfg: CommandConfig, data: PreferenceData) -> Any:
     """Return a tokenizer made from the training text: one token a word for the survey world, else byte-level BPE."""
     texts = [text for row in data.demonstrations for text in (row.prompt, row.response)]
     texts += [text for pair in data.reward_pairs for text in (pair.prompt, pair.chosen, pair.rejected)]
     if not data.word_level:
-        return bpe_tokenizer(texts, cfg.model.vocab_size)
+        return bpe_tokenizer(texts, made(cfg).vocab_size)
     texts += [text for question in data.questions for text in (question.prompt, *question.answers)]
     return word_tokenizer(texts)
 

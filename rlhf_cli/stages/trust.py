@@ -58,7 +58,7 @@ def report(cfg: TrainRmConfig, session: Session, *, policy: tuple[str, Any] | No
     metrics["rm/negative_accuracy"] = _negative_accuracy(data, pairs, readings[read])
     write_json(session.directory / FILE, {"metrics": metrics, "panels": panels})
     figure = session.directory / FIGURE
-    trust_figure(panels, figure, title=f"{cfg.reward.name} on {cfg.dataset.source}, seed {cfg.seed}")
+    trust_figure(panels, figure, title=f"{cfg.reward.name} on {cfg.dataset.name}, seed {cfg.seed}")
     session.run.add_figure(figure)
     before = {key: value for key, value in session.run.metrics().items() if value is not None}
     session.run.write_metrics({**before, **metrics})

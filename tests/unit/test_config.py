@@ -45,7 +45,9 @@ def every_choice() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("command", "choice"), every_choice())
 def test_every_yaml_composes(command: str, choice: str) -> None:
-    extra = ["dataset.path=pairs.jsonl"] if choice in {"dataset=hh_rlhf", "dataset=preferences"} else []
+    extra = ["dataset.path=pairs.jsonl"] if choice in {"dataset=choices", "dataset=preferences"} else []
+    if choice == "model=pretrained":
+        extra = ["model.path=x/y"]
     if choice.startswith("algo/constraint="):
         extra = ["algo=dpo"]
     cfg = compose.load(command, [choice, *extra])
@@ -53,7 +55,7 @@ def test_every_yaml_composes(command: str, choice: str) -> None:
     group, name = choice.split("=")
     if group != "experiment":
         block = attrgetter(group.replace("/", "."))(cfg)
-        assert getattr(block, "source" if group == "dataset" else "name") == name
+        assert block.name == name
 
 
 def test_every_yaml_of_conf_is_reached_by_some_command() -> None:
@@ -158,7 +160,7 @@ REFUSED = {
     "algo.num_generations=5": "64 rollouts is not divisible by algo.num_generations=5",
     "algo.advantage=rloo algo.num_generations=1": "rloo needs algo.num_generations >= 2",
     "dataset.closed_vocabulary=true generation.sampler=generate": "does not go with generation.sampler=generate",
-    "dataset=hh_rlhf": "dataset.path is null",
+    "dataset=preferences": "dataset.path is null",
     "dataset=preferences dataset.path=f dataset.sft_fraction=0.6": "is 1 or more",
     "dataset=hh_rlhf dataset.path=f reward=gold": "reward=gold needs dataset=survey",
     "dataset=hh_rlhf dataset.path=f dataset.closed_vocabulary=true": "It is a key of dataset=survey",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.config.schema import MadeModelConfig
 from rlhf_cli.data.tokenizer import word_tokenizer
 from rlhf_cli.models.policy import make_policy
 from rlhf_cli.models.reward import new_reward_model
@@ -15,7 +15,7 @@ from rlhf_cli.models.reward import new_reward_model
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 TOKENIZER = word_tokenizer(["a b c d e f g h"])  # a..h are 4..11
 VOCAB = len(TOKENIZER)
-CONFIG = ModelConfig(
+CONFIG = MadeModelConfig(
     name="test", path=None, hidden_size=16, ffn_size=16, layers=2, heads=2, init_std=0.3, vocab_size=300
 )
 
