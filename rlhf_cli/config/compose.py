@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -16,15 +14,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from rlhf_cli.config import validate
+from rlhf_cli.config import resolvers, validate
 from rlhf_cli.config.catalog import PACKAGE, Catalog, advice, conf_dir, has_key
+from rlhf_cli.config.overrides import SWEEP as SWEEP
+from rlhf_cli.config.overrides import check_override as check_override
+from rlhf_cli.config.overrides import hydra_form as hydra_form
+from rlhf_cli.config.overrides import is_hydra as is_hydra
+from rlhf_cli.config.overrides import parse as parse
+from rlhf_cli.config.overrides import plain as plain
 from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.errors import ConfigError
 
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
 HYDRA_VERSION_BASE = "1.3"
 RECORD_FILE = "overrides.json"
-SWEEP = "sweep"  # the group of sweeps: no part of a run's config
 
 
 def load(command: str, overrides: list[str], config_dir: Path | None = None) -> CommandConfig:
@@ -67,80 +69,6 @@ def load(command: str, overrides: list[str], config_dir: Path | None = None) -> 
     return validate.typed(catalog, values, _origin(catalog, parsed, chosen))
 
 
-def parse(overrides: list[str]) -> list[Override]:
-    """Return the overrides in Hydra's parsed form.
-
-    Raises:
-        ConfigError: one is malformed.
-    """
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            parsed.append(parser.parse_override(_with_path_quoted(text)))
-        except HydraException as error:
-            reason = str(error).split("\nSee https")[0].removeprefix(f"Error parsing override '{text}'")
-            raise ConfigError(
-                f"cannot read '{text}'", reason, "Write KEY=VALUE, and quote special characters: key='a,b'"
-            ) from None
-    return parsed
-
-
-def _with_path_quoted(text: str) -> str:
-    """Return the override with quotes if its value is a path that exists: run folders are named `algo=pm,seed=0`."""
-    key, _, value = text.partition("=")
-    if re.fullmatch(r"[\w./:@-]*", value) or "'" in value or not os.path.exists(value):
-        return text
-    return f"{key}='{value}'"
-
-
-def is_hydra(key: str) -> bool:
-    """Return whether a key configures Hydra itself (launcher, sweeper), not the run."""
-    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
-
-
-def check_override(override: Override, catalog: Catalog) -> None:
-    """Refuse deletions, packages, and choices that do not exist; values are judged after composition.
-
-    Raises:
-        ConfigError: naming the override.
-    """
-    key = override.key_or_group
-    if not key or override.package is not None or override.is_delete():
-        raise ConfigError(f"{override.input_line} is not possible", todo="Write KEY=VALUE with a key of the config")
-    if key == "hydra.searchpath":
-        raise ConfigError("hydra.searchpath is set by rlhf itself", todo="Use --config-dir for a directory of your own")
-    if key == SWEEP:
-        todo = f"Add -m: rlhf {catalog.command} -m {override.input_line}"
-        raise ConfigError(f"{override.input_line} is a sweep, and this is one run", todo=todo)
-    if is_hydra(key):
-        return
-    if key not in catalog.groups and ("/" in key or catalog.choices(key)):
-        raise validate.unknown_key(key.replace("/", "."), catalog, [], "on the command line")
-    if key not in catalog.groups or override.is_sweep_override():
-        return
-    value, valid = override.value(), catalog.choices(key)
-    several = isinstance(value, list) and key == "experiment"
-    for choice in value if several else [value]:  # type: ignore[union-attr]
-        if choice not in valid and not (choice is None and catalog.groups[key] is None):
-            shown = "null" if choice is None else choice
-            raise ConfigError(f"{key}={shown} does not exist", todo=advice(str(choice), valid))
-
-
-def hydra_form(override: Override, catalog: Catalog) -> str:
-    """Return the override as Hydra shall see it: values are forced in, since the schema judges them afterwards."""
-    key = override.key_or_group
-    if is_hydra(key):
-        return str(override.input_line)
-    bare = plain(override)
-    return bare if key in catalog.groups else f"++{bare}"
-
-
-def plain(override: Override) -> str:
-    """Return the override as typed, without `+` or `++`."""
-    return str(override.input_line).lstrip("+")
-
-
 class UserDirectory(SearchPathPlugin):
     """Puts a user's own directory in front of ours on every search path Hydra makes."""
 
@@ -165,16 +93,6 @@ def search_path(catalog: Catalog) -> Iterator[str]:
         UserDirectory.directory, running.hydra = before, outer
 
 
-def _scaled(rate: float, *, _root_: Any) -> float:
-    """Return a learning rate that is made for training all weights, times the adapters' factor if there are some."""
-    return float(rate) * float(OmegaConf.select(_root_, "peft.learning_rate_factor", default=1.0))
-
-
-def _survey_or_text(survey: Any, text: Any, *, _root_: Any) -> Any:
-    """Return the first value on the survey world, the second on other data."""
-    return survey if OmegaConf.select(_root_, "dataset.source") == "survey" else text
-
-
 def _fill_mixture(values: dict[str, Any], catalog: Catalog) -> None:
     """Put what the parts of a mixture stand for, the values of their own yaml, into the config.
 
@@ -185,7 +103,9 @@ def _fill_mixture(values: dict[str, Any], catalog: Catalog) -> None:
     if not isinstance(block, dict) or block.get("source") != "mixture":
         return
     if "sources" in block:
-        raise ConfigError("dataset.sources is not set by hand", "It is what dataset.parts stand for", "Set dataset.parts")
+        raise ConfigError(
+            "dataset.sources is not set by hand", "It is what dataset.parts stand for", "Set dataset.parts"
+        )
     parts = block.get("parts")
     names = parts if isinstance(parts, list) else [parts]
     known = catalog.choices("dataset")
@@ -201,8 +121,7 @@ def _fill_mixture(values: dict[str, Any], catalog: Catalog) -> None:
 
 def _composed(catalog: Catalog, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the composed values as plain dicts, and the choice of each group."""
-    OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
-    OmegaConf.register_new_resolver("survey_or_text", _survey_or_text, replace=True)
+    resolvers.register()
     try:
         with search_path(catalog) as ours, initialize_config_dir(ours, version_base=HYDRA_VERSION_BASE):
             cfg = compose(catalog.primary, overrides, return_hydra_config=True)

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
-from importlib import import_module
 from math import isfinite
 from operator import attrgetter
-from types import ModuleType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cli.config.catalog import Catalog, advice, has_key, nearest
-from rlhf_cli.config.inputs import DATASETS, PEFT
 from rlhf_cli.config.rules import check_rules
 from rlhf_cli.config.schema import (
-    AlgoConfig,
     AlignConfig,
     CommandConfig,
-    CosinePrior,
-    DatasetConfig,
     EvaluateConfig,
-    FixedPrior,
-    LengthPrior,
-    MadeModelConfig,
     MixtureConfig,
-    ModelConfig,
-    PeftConfig,
-    Prior,
-    RandomPrior,
-    RewardConfig,
-    TrainedRewardConfig,
     TrainRmConfig,
     TrainSftConfig,
 )
+from rlhf_cli.config.schemas import PRIORS as PRIORS
+from rlhf_cli.config.schemas import algo_schema as algo_schema
+from rlhf_cli.config.schemas import constraint_schema, dataset_schema, model_schema, peft_schema, shown
+from rlhf_cli.config.schemas import module as module
+from rlhf_cli.config.schemas import reward_schema as reward_schema
 from rlhf_cli.errors import ConfigError
 
 COMMANDS: dict[str, type[CommandConfig]] = {
@@ -43,13 +34,6 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "train-rm": TrainRmConfig,
     "align": AlignConfig,
     "evaluate": EvaluateConfig,
-}
-PRIORS: dict[str, type[Prior]] = {
-    "none": Prior,
-    "length": LengthPrior,
-    "cosine": CosinePrior,
-    "fixed": FixedPrior,
-    "random": RandomPrior,
 }
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -72,18 +56,7 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         ConfigError: an unknown key, a key without a value, a wrong type, a value out of range, a broken rule.
     """
     command_schema = COMMANDS[catalog.command]
-    blocks: dict[str, type] = {
-        "model": _model_schema(_block(values, "model")),
-        "peft": _peft_schema(_block(values, "peft").get("name"), catalog),
-        "dataset": _dataset_schema(_block(values, "dataset").get("source")),
-    }
-    own = {field.name for field in fields(command_schema)}
-    if "reward" in own:
-        blocks["reward"] = reward_schema(_block(values, "reward").get("name"), catalog)
-    if "algo" in own:
-        algo = _block(values, "algo")
-        blocks["algo"] = algo_schema(algo.get("name"), catalog)
-        blocks["algo.constraint"] = _constraint_schema(algo.get("constraint"), where)
+    blocks = _schemas(catalog, values, where)
     leaves = {key: (hint, field) for key, hint, field in _leaves(command_schema, blocks)}
     sources = _block(values, "dataset").pop("sources", [])  # what the parts of a mixture stand for
     for key in _flat(values, leaves):
@@ -102,7 +75,7 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
     try:
         cfg = cast(CommandConfig, OmegaConf.to_object(OmegaConf.merge(schema, values)))
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
+        key = str(error.full_key or "").partition("[")[0]  # of a list, not of what is in it
         raise _type_error(key, _at(values, key), leaves[key][0], where(key)) from None
     if isinstance(cfg.dataset, MixtureConfig):
         cfg.dataset.sources = sources
@@ -110,6 +83,23 @@ def typed(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str])
         check_range(key, attrgetter(key)(cfg), field.metadata, where(key))
     check_rules(catalog.command, cfg)
     return cfg
+
+
+def _schemas(catalog: Catalog, values: dict[str, Any], where: Callable[[str], str]) -> dict[str, type]:
+    """Return the schema of every block that has several."""
+    blocks: dict[str, type] = {
+        "model": model_schema(_block(values, "model")),
+        "peft": peft_schema(_block(values, "peft").get("name"), catalog),
+        "dataset": dataset_schema(_block(values, "dataset").get("source")),
+    }
+    own = {field.name for field in fields(COMMANDS[catalog.command])}
+    if "reward" in own:
+        blocks["reward"] = reward_schema(_block(values, "reward").get("name"), catalog)
+    if "algo" in own:
+        algo = _block(values, "algo")
+        blocks["algo"] = algo_schema(algo.get("name"), catalog)
+        blocks["algo.constraint"] = constraint_schema(algo.get("constraint"), where)
+    return blocks
 
 
 def _make_lists(
@@ -129,81 +119,6 @@ def _make_lists(
             holder[name] = [] if value is None else [value]
         elif not isinstance(value, list) or any(item is None or isinstance(item, (list, dict)) for item in value):
             raise _type_error(key, value, leaves[key][0], where(key))
-
-
-def algo_schema(name: Any, catalog: Catalog) -> type[AlgoConfig]:
-    """Return the `Config` class of rlhf_cli.algos.<name>.
-
-    Raises:
-        ConfigError: there is no such algorithm.
-    """
-    valid = catalog.choices("algo")
-    if name not in valid:
-        raise ConfigError(f"algo.name={name} does not name an algorithm", todo=advice(str(name), valid))
-    found = module("rlhf_cli.algos", name)
-    if found is None:
-        raise ConfigError(
-            f"algorithm '{name}' has no module rlhf_cli/algos/{name}.py (or algos/{name}.py under --config-dir)",
-            todo=advice(name, [choice for choice in valid if choice != name]),
-        )
-    schema = getattr(found, "Config", None)
-    if not (isinstance(schema, type) and issubclass(schema, AlgoConfig)):
-        raise ConfigError(
-            f"algorithm '{name}' has no Config class in {found.__file__}",
-            todo="Define `@dataclass class Config(AlgoConfig)` there, one field a key of its yaml",
-        )
-    return schema
-
-
-def reward_schema(name: Any, catalog: Catalog) -> type[RewardConfig]:
-    """Return the config class of a reward: `CONFIGS[name]` or `Config` of rlhf_cli.rewards.<name or its first word>.
-
-    Raises:
-        ConfigError: there is no such reward.
-    """
-    valid = catalog.choices("reward")
-    if name not in valid:
-        raise ConfigError(f"reward.name={name} does not name a reward", todo=advice(str(name), valid))
-    found = module("rlhf_cli.rewards", name) or module("rlhf_cli.rewards", name.partition("_")[0])
-    if found is None:
-        raise ConfigError(
-            f"reward '{name}' has no module rlhf_cli/rewards/{name}.py (or rewards/{name}.py under --config-dir)",
-            todo=advice(name, [choice for choice in valid if choice != name]),
-        )
-    family = getattr(found, "CONFIGS", {})  # pcrm_length_mine is a pcrm_length
-    kin = [key for key in family if name == key or name.startswith(f"{key}_")]
-    schema = family[max(kin, key=len)] if kin else getattr(found, "Config", None)
-    base = RewardConfig if name == "gold" else TrainedRewardConfig
-    if not (isinstance(schema, type) and issubclass(schema, base)):
-        raise ConfigError(
-            f"reward '{name}' has no Config(TrainedRewardConfig) class in {found.__file__}",
-            todo="Define `@dataclass class Config(TrainedRewardConfig)` there, one field a key of its yaml",
-        )
-    return schema
-
-
-def module(package: str, name: str) -> ModuleType | None:
-    """Return <package>.<name>, or None where there is none; what fails inside it is not hidden."""
-    module_name = f"{package}.{name}"
-    try:
-        return import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name:
-            raise
-        return None
-
-
-def _constraint_schema(block: Any, where: Callable[[str], str]) -> type[Prior]:
-    if not isinstance(block, dict):
-        raise ConfigError(
-            f"algo.constraint={_shown(block)} (set {where('algo.constraint')}) is not a block of keys",
-            "A constraint is chosen with a slash",
-            f"Write algo/constraint=CHOICE. Choose from {', '.join(PRIORS)}",
-        )
-    name = block.get("name")
-    if name not in PRIORS:
-        raise ConfigError(f"algo.constraint.name={name} is not a constraint", todo=advice(str(name), list(PRIORS)))
-    return PRIORS[name]
 
 
 def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> ConfigError:
@@ -228,24 +143,6 @@ def unknown_key(key: str, catalog: Catalog, valid: list[str], where: str) -> Con
     close = nearest(key, [*valid, *catalog.groups])
     todo = f"The nearest valid key is {close}" if close else f"`rlhf {catalog.command} --cfg job` lists every key"
     return ConfigError(f"unknown key {key} (set {where})", todo=todo)
-
-
-def _model_schema(block: dict[str, Any]) -> type[ModelConfig]:
-    """Return the schema with sizes where the yaml describes a model that can be made here."""
-    sizes = {field.name for field in fields(MadeModelConfig)} - {field.name for field in fields(ModelConfig)}
-    return MadeModelConfig if sizes <= block.keys() else ModelConfig
-
-
-def _peft_schema(name: Any, catalog: Catalog) -> type[PeftConfig]:
-    if name not in PEFT:
-        raise ConfigError(f"peft.name={name} is not a choice", todo=advice(str(name), catalog.choices("peft")))
-    return PEFT[name]
-
-
-def _dataset_schema(source: Any) -> type[DatasetConfig]:
-    if source not in DATASETS:
-        raise ConfigError(f"dataset.source={source} is not a source", todo=advice(str(source), list(DATASETS)))
-    return DATASETS[source]
 
 
 def _block(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -283,7 +180,7 @@ def _at(values: Any, key: str) -> Any:
 
 
 def _type_error(key: str, value: Any, hint: Any, where: str) -> ConfigError:
-    return ConfigError(f"{key}={_shown(value)} (set {where}) has the wrong type", f"It must be {_described(hint)}")
+    return ConfigError(f"{key}={shown(value)} (set {where}) has the wrong type", f"It must be {_described(hint)}")
 
 
 def _described(hint: Any) -> str:
@@ -292,10 +189,6 @@ def _described(hint: Any) -> str:
     if get_origin(hint) is list:
         return "a list of numbers: [0.5,0.5]" if get_args(hint) == (float,) else "a list of texts: [a,b]"
     return TYPE_NAMES.get(hint, str(hint))
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check_range(key: str, value: Any, metadata: Mapping[str, Any], where: str) -> None:
