@@ -127,6 +127,8 @@ def differing(variants: Sequence[dict[str, str]]) -> list[str]:
     """Return the keys whose values tell the variants apart; a block's name stands for the values it brings."""
     keys = sorted({key for variant in variants for key in variant})
     found = [key for key in keys if len({variant.get(key) for variant in variants}) > 1]
+    if "dataset.name" in found and "dataset.source" in found:  # its loader says nothing more
+        found.remove("dataset.source")
     named = {key.rsplit(".", 1)[0] for key in found if key.endswith((".name", ".source"))}
     short = [key for key in found if key.rsplit(".", 1)[0] not in named or key.endswith((".name", ".source"))]
     # Unless other values of the block were changed too.

@@ -22,7 +22,8 @@ from rlhf_cli.report.run_groups import (
 TARGET_BLOCKS = ("dataset.", "reward.", "sampler.")
 TARGET_KEYS = ("reward_model", "reference")
 # Reward models that differ here were judged on different data.
-WORLD_KEYS = ("dataset.source", "dataset.path", "dataset.seed", "dataset.questions")
+WORLD_KEYS = ("dataset.name", "dataset.source", "dataset.path", "dataset.subset", "dataset.split")
+WORLD_KEYS += ("dataset.parts", "dataset.weights", "dataset.max_rows", "dataset.seed", "dataset.questions")
 JUDGE_KEYS = ("dataset.length_bias", "dataset.ranking_size")
 # What measured.json tells of runs of one seed.
 MEASURED = ("dataset", "prompts", "pool", "reward", "reference")
@@ -176,7 +177,8 @@ def _measured_difference(one: RunSet, first: RunSet) -> str:
 
 
 def _title(one: RunSet) -> str:
-    world = one.target.get("dataset.source", "unknown data")
+    names = (one.target.get(key, "null") for key in ("dataset.name", "dataset.source"))  # older runs have no name
+    world = next((name for name in names if name != "null"), "unknown data")
     if world == "survey":
         world = f"Survey world {one.target.get('dataset.seed', '')}".strip()
     elif one.target.get("dataset.path", "null") != "null":
