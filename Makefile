@@ -38,8 +38,8 @@ setup: ## Install everything into .venv; the other targets do this by themselves
 demo: setup ## Align the embedded survey world with four algorithms; prints the table, names the figure
 	$(BIN)/rlhf align -m algo=kl_ppo,pm,dpo,rpo run_dir=runs/demo tracker=none
 
-test: setup ## Run the test suite, whole training runs left out
-	$(BIN)/python -m pytest -m "not slow and not browser"
+test: setup ## Run the test suite in two processes, whole training runs left out
+	$(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadfile
 
 # Playwright drives the Chromium on PATH, or brings its own.
 browser-test: setup ## Open the HTML report in a headless browser; installs the browser

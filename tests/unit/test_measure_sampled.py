@@ -259,7 +259,7 @@ def test_a_piece_that_does_not_fit_the_gpu_is_drawn_in_halves(monkeypatch: pytes
         {"top_p": 0.5},
         {"tree": TREE},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_samples_of_other_settings_are_not_re_used(tmp_path: Path, changes: dict[str, Any]) -> None:
     memo = Memo(Store(tmp_path))
