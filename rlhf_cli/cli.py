@@ -3,65 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from rlhf_cli import __version__
-from rlhf_cli.config.catalog import Catalog
+from rlhf_cli.cli_help import Checkpoint, CommandWithExamples, CommandWithGroups, Device, Dtype
 from rlhf_cli.errors import RunError, UserError
-
-EXAMPLES = {
-    "train-sft": [
-        "rlhf train-sft",
-        "rlhf train-sft dataset=hh_rlhf dataset.path=FILE.jsonl.gz trainer.sft.max_steps=500",
-    ],
-    "train-rm": ["rlhf train-rm reward=pcrm_length", "rlhf train-rm reward=warm reward.members=4 seed=1"],
-    "align": ["rlhf align algo=pm", "rlhf align -m algo=kl_ppo,pm,dpo,rpo seed=0,1,2"],
-    "evaluate": [
-        "rlhf evaluate policy=RUN_DIR checkpoint=best",
-        "rlhf evaluate policy=RUN_DIR reference=MODEL reward_model=[MODEL,MODEL] sampler.top_p=0.9",
-        "rlhf evaluate policy=RUN_DIR judge=openai judge.model=NAME",
-        "rlhf evaluate stage=rm policy=RUN_DIR",
-    ],
-    "data": ["rlhf data", "rlhf data dataset=preferences dataset.path=FILE.jsonl"],
-}
 
 
 class CfgView(StrEnum):
     """What --cfg prints."""
 
     job = "job"
-
-
-class CommandWithGroups(TyperCommand):
-    """A command whose help lists the choices of every config group, a user's own included."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Remember the arguments: --help is answered before --config-dir is read."""
-        ctx.meta["rlhf.args"] = list(args)
-        return super().parse_args(ctx, args)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the config groups and two examples."""
-        name = str(self.name)
-        catalog = Catalog("train-sft" if name == "data" else name, _config_dir(ctx.meta.get("rlhf.args", [])))
-        with formatter.section("Config groups (GROUP=CHOICE; * is the default)"):
-            sweeps = [("sweep", f"{', '.join(catalog.choices('sweep'))} (with -m)")] if name == "align" else []
-            formatter.write_dl([*((group, _shown(catalog, group)) for group in catalog.groups), *sweeps])
-        with formatter.section("Examples"):
-            for example in EXAMPLES[name]:
-                formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
-
-
-def _shown(catalog: Catalog, group: str) -> str:
-    if group == "trainer":
-        return f"{', '.join(catalog.choices(group))} (the dataset brings its own)"
-    return ", ".join(f"{choice}*" if choice == catalog.groups[group] else choice for choice in catalog.choices(group))
 
 
 class Rlhf(TyperGroup):
@@ -77,17 +36,6 @@ class Rlhf(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted: run the same command again to go on", err=True)
             raise typer.Exit(130) from None
-
-
-def _config_dir(args: list[str]) -> Path | None:
-    """Return the directory that --config-dir names among raw arguments, else RLHF_CONFIG_DIR."""
-    for position, arg in enumerate(args):
-        if arg == "--config-dir" and position + 1 < len(args):
-            return Path(args[position + 1])
-        if arg.startswith("--config-dir="):
-            return Path(arg.partition("=")[2])
-    named = os.environ.get("RLHF_CONFIG_DIR")
-    return Path(named) if named else None
 
 
 app = typer.Typer(
@@ -195,11 +143,82 @@ def compare(
     stage.run(runs, out, baseline=baseline, rank=rank, wandb=wandb)
 
 
+CheckpointOption = Annotated[Checkpoint, typer.Option("--checkpoint", help="Which policy of a run: last | best.")]
+
+
+@app.command(cls=CommandWithExamples)
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, a model folder or a Hub id.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="None: type them, or pipe lines in.", show_default=False),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help=".txt: a prompt a line; .jsonl: prompt or messages.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.jsonl", help="Write instead of printing.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="Answers a prompt.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Default: as the run was trained.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="Default: as the run was trained; 0: the likeliest.", show_default=False),
+    ] = None,
+    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus, in (0, 1].")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="The same command gives the same answers.")] = 0,
+    reference: Annotated[bool, typer.Option(help="Show what the reference policy answers too.")] = True,
+    reward: Annotated[bool, typer.Option("--reward", help="Score the answers by the run's reward model.")] = False,
+    checkpoint: CheckpointOption = Checkpoint.last,
+    device: Annotated[Device, typer.Option("--device", help="auto | cpu | cuda.")] = Device.auto,
+) -> None:
+    """Answer prompts with a policy, side by side with its reference."""
+    from rlhf_cli.stages import prompts as given
+
+    asked = given.Asked(
+        samples, max_new_tokens, temperature, top_p, seed, reference, reward, checkpoint.value, device.value
+    )
+    found = given.gathered(prompts or [], file, sys.stdin)
+    from rlhf_cli.stages import generate as stage
+
+    stage.run(run, found, asked, out)
+
+
+@app.command(cls=CommandWithExamples)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run of align, train-sft or train-rm.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="The folder to make; default: RUN/export.", show_default=False),
+    ] = None,
+    checkpoint: CheckpointOption = Checkpoint.last,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights; as_is: as the run holds them.")] = Dtype.as_is,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="BASE", help="The adapter alone, to be put on BASE.", show_default=False),
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="REPO", help="Upload it to the Hub, too.", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, make it private.")] = False,
+) -> None:
+    """Make a folder for the Hub: merged weights, tokenizer, model card."""
+    from rlhf_cli.stages.finished_run import read_run
+
+    finished = read_run(run)
+    from rlhf_cli.stages import export as stage
+
+    stage.run(finished, out, stage.Wanted(checkpoint.value, dtype.value, adapter), push=push, private=private)
+
+
 @app.command(cls=CommandWithGroups)
 def data(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Print the survey world, or a summary of another dataset."""
     from rlhf_cli.config import compose
-    from rlhf_cli.config.schema import SurveyConfig
+    from rlhf_cli.config.schema import SplitConfig, SurveyConfig
 
     dataset = compose.load("train-sft", overrides or [], config_dir).dataset
     if isinstance(dataset, SurveyConfig):
@@ -208,12 +227,10 @@ def data(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
         typer.echo(describe_world(make_world(dataset)))
         return
     from rlhf_cli.data import load
+    from rlhf_cli.data.describe import describe
 
-    rows = load(dataset)
-    ranked = ["reward_rankings"] if rows.reward_rankings else []
-    splits = ["demonstrations", *ranked, "reward_pairs", "policy_pairs", "prompts", "heldout_pairs"]
-    for name, count in [*((split, len(getattr(rows, split))) for split in splits), *rows.dropped.items()]:
-        typer.echo(f"{count:>8}  {name if name in splits else f'dropped: {name}'}")
+    assert isinstance(dataset, SplitConfig)
+    typer.echo(describe(dataset, load(dataset)))
 
 
 def _command(

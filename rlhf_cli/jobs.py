@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cli import data
+from rlhf_cli import data, hub
 from rlhf_cli.config import compose, sweeps
 from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.config.naming import job_name, run_name, swept
@@ -55,6 +55,10 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     in_force = {**names, "dataset": cfg.dataset.name, "seed": cfg.seed}
     shown = " ".join(f"{key}={value}" for key, value in in_force.items() if value is not None)
     typer.echo(f"rlhf {command}: {shown}", err=True)
+    if getattr(cfg, "policy", None) is None:
+        for key in ("path", "reward_path"):
+            if given := getattr(cfg.model, key):
+                hub.check_model(f"model.{key}", given)
     data.check(cfg.dataset)
     stage = import_module(f"rlhf_cli.stages.{command.replace('-', '_')}")
     own = None if config_dir is None else str(config_dir.resolve())

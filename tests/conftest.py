@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from rlhf_cli import cli
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # for miniatures of model families
 settings.register_profile("repeatable", derandomize=True)  # the same examples on every machine
 settings.load_profile("repeatable")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command sets it, before torch is imported

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_cli"
 
 # A room is a subpackage or a top-level module. A room may import itself and every room of a lower line.
 TIERS = (
-    {"cli", "jobs"},
+    {"cli", "cli_help", "jobs"},
     {"stages"},
-    {"trainers", "measure", "data", "models", "run", "store", "tracking", "wandb_run", "report"},
+    {"trainers", "measure", "data", "models", "run", "store", "hub", "tracking", "wandb_run", "report"},
     {"algos", "rewards", "metrics"},
     {"config"},
     {"errors"},
@@ -25,11 +25,15 @@ TIERS = (
 # Arrows between rooms of one line; none of them may point back.
 SIDEWAYS = {
     ("cli", "jobs"),
+    ("cli", "cli_help"),
     ("trainers", "models"),
     ("trainers", "run"),
     ("measure", "models"),
     ("measure", "data"),
     ("measure", "store"),
+    ("data", "store"),
+    ("models", "hub"),
+    ("data", "hub"),
     ("run", "store"),
     ("run", "tracking"),
     ("tracking", "wandb_run"),

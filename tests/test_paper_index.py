@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from rlhf_cli.config import schema, validate
+from rlhf_cli.config import inputs, schema, validate
 from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.metrics import glossary
 
@@ -36,14 +36,15 @@ CATALOG = Catalog("evaluate", None)  # has every group
 SCHEMAS: dict[str, list[type]] = {
     "algo": [validate.algo_schema(name, CATALOG) for name in CATALOG.choices("algo")],
     "algo/constraint": [validate.PRIORS[name] for name in CATALOG.choices("algo/constraint")],
-    "dataset": [schema.SurveyConfig, schema.TextConfig],
+    "dataset": list(inputs.DATASETS.values()),
     "generation": [schema.GenerationConfig],
     "judge": [schema.JudgeConfig],
-    "model": [schema.ModelConfig],
+    "model": [inputs.MadeModelConfig],
+    "peft": list(inputs.PEFT.values()),
     "reward": [validate.reward_schema(name, CATALOG) for name in CATALOG.choices("reward")],
     "trainer": [schema.TrainerConfig],
 }
-NAMED_WHOLE = ("algo", "algo/constraint", "reward")  # groups of which every key is on the page
+NAMED_WHOLE = ("algo", "algo/constraint", "reward", "peft")  # groups of which every key is on the page
 MATHEMATICS = ["algos/*.py", "rewards/*.py", "metrics/*.py"]
 NO_EQUATION = {
     "rlhf_cli.algos.get",
@@ -134,7 +135,12 @@ def key_exists(span: str) -> bool:
 
 
 def number(value: Any) -> Any:
-    """Return what a yaml value means: PyYAML reads 6e-3 as text."""
+    """Return what a yaml value means: PyYAML reads 6e-3 as text; of an interpolation, what stands by itself.
+
+    That is the value on the survey world, of a model that says nothing, of training all weights.
+    """
+    found = re.fullmatch(r"\$\{(?:survey_or_text:([^,]+),.*|oc\.select:[^,]+,(.+)|scaled:(.+))\}", str(value))
+    value = next((part for part in found.groups() if part), None) if found else value
     try:
         return value if isinstance(value, bool) or value is None else float(value)
     except ValueError:
@@ -271,6 +277,8 @@ def test_what_is_not_built_is_not_there() -> None:
         (key_exists, "trainer.online.critic_learning_rate", "trainer.pairwise.critic_learning_rate"),
         (key_exists, "algo.alpha=null", "algo.alfa=null"),
         (key_exists, "reward=gold", "reward=golden"),
+        (key_exists, "experiment=pm_opt-1.3b_hh", "experiment=pm_opt-1.3b"),
+        (key_exists, "dataset.columns.choice", "dataset.columns.choose"),
         (key_exists, "reward.members", "reward.membres"),
         (key_exists, "algo/constraint=length", "algo/constraint=lenght"),
         (key_exists, "algo.constraint.beta1", "algo.constraint.members"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from hashlib import sha256
 from importlib import import_module, invalidate_caches
 from pathlib import Path
@@ -164,6 +165,7 @@ def _origin(catalog: Catalog, parsed: list[Override], chosen: dict[str, Any]) ->
     """Return a function that says where a dotted key was set."""
     typed_keys = [override.key_or_group for override in parsed if override.key_or_group not in catalog.groups]
 
+    read = cache(catalog.read)  # asked once a key
     experiments = next((item.value() for item in reversed(parsed) if item.key_or_group == "experiment"), None)
 
     def where(key: str) -> str:
@@ -171,7 +173,7 @@ def _origin(catalog: Catalog, parsed: list[Override], chosen: dict[str, Any]) ->
             return "on the command line"
         group, rest = catalog.home(key)
         for name in experiments if isinstance(experiments, list) else [experiments]:
-            if has_key(catalog.read(f"experiment/{name}"), key):
+            if has_key(read(f"experiment/{name}"), key):
                 return f"in {catalog.path(f'experiment/{name}')}"
         name = f"{group}/{chosen[group]}" if chosen.get(group) and rest else catalog.primary
         return f"in {catalog.path(name) or name}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from rlhf_cli.config.inputs import ChoiceColumns, ChoicesConfig
 from rlhf_cli.config.schema import (
     CosinePrior,
     DatasetConfig,
@@ -34,6 +36,12 @@ def check_rules(command: str, cfg: Any) -> None:
     for stage in ("sft", "rm", "online", "pairwise"):
         _check_stage(f"trainer.{stage}", getattr(cfg.trainer, stage))
     _check_model(cfg.model, cfg.peft)
+    if cfg.trainer.sft.max_steps == 0 and cfg.model.path is None:
+        raise ConfigError(
+            f"trainer.sft.max_steps=0 leaves model={cfg.model.name} untrained",
+            "It takes a model as it is, and this one is made from nothing",
+            "Train it, or name an SFT policy: model.path=FOLDER",
+        )
     _check_dataset(cfg.dataset)
     if hasattr(cfg, "reward") and cfg.reward.name == "gold":
         _check_gold(command, cfg)
@@ -157,11 +165,24 @@ def _check_dataset(dataset: DatasetConfig) -> None:
             f"dataset.path is null, and dataset={dataset.name} reads a file, a folder or a dataset of the Hub",
             todo="Name it: dataset.path=FILE.jsonl",
         )
+    if isinstance(dataset, ChoicesConfig):
+        _check_templates(dataset.columns)
     if dataset.sft_fraction + dataset.rm_fraction >= 1:
         raise ConfigError(
             f"dataset.sft_fraction={dataset.sft_fraction} + dataset.rm_fraction={dataset.rm_fraction} is 1 or more",
             "The rest of the training prompts is for alignment",
         )
+
+
+def _check_templates(columns: ChoiceColumns) -> None:
+    for key in ("prompt", "short_prompt"):
+        template = getattr(columns, key)
+        if template is not None and not re.search(r"\{[^{}]+\}", template):
+            raise ConfigError(
+                f"dataset.columns.{key}={template} names no column, so all prompts would be the same",
+                "It is text with column names in braces",
+                f"Write them so: dataset.columns.{key}='{{{template}}}'",
+            )
 
 
 def _check_gold(command: str, cfg: Any) -> None:

@@ -138,6 +138,13 @@ class StageTraining:
 
 
 @dataclass
+class SftTraining(StageTraining):
+    """How the SFT policy is optimised; max_steps 0 takes the model as it is, an SFT policy already."""
+
+    max_steps: int | None = setting(ge=0)
+
+
+@dataclass
 class AlignTraining(StageTraining):
     """How a policy is aligned; `eval_every_steps` is how often its metrics are computed while it trains."""
 
@@ -156,7 +163,7 @@ class TrainerConfig:
     """The optimisation of each stage, one block a stage."""
 
     name: str = MISSING
-    sft: StageTraining = field(default_factory=StageTraining)
+    sft: SftTraining = field(default_factory=SftTraining)
     rm: StageTraining = field(default_factory=StageTraining)
     online: OnlineTraining = field(default_factory=OnlineTraining)
     pairwise: AlignTraining = field(default_factory=AlignTraining)

@@ -7,15 +7,26 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any, TypedDict
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import DatasetConfig
+from rlhf_cli.data.lazy import LazyRows
 from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Ranking
+from rlhf_cli.data.stream_tokens import encoding_key, fit_lazy
+from rlhf_cli.data.turns import prompt_ids, response_ids, response_text
 from rlhf_cli.errors import DataError
 
-CHUNK = 2_000  # texts per tokenizer call
+CHUNK = 2_000  # texts tokenised at a time
 PROGRESS_FROM = 20_000  # texts; below, tokenisation takes about a second
+
+
+class PromptTokens(TypedDict):
+    """A prompt as text and as token ids."""
+
+    prompt: str
+    prompt_ids: list[int]
 
 
 class PairTokens(TypedDict):
@@ -46,12 +57,12 @@ class DemonstrationTokens(TypedDict):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the ids of a prompt, after BOS if the tokenizer has one."""
+    """Return the ids of a prompt, after BOS or in the chat template, as the tokenizer has it (turns.py)."""
     return _encode_prompts(tokenizer, [prompt])[prompt]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, max_tokens: int | None = None) -> list[int]:
-    """Return the ids of a response with one space before it, EOS at its end; cut to max_tokens it has no EOS.
+    """Return the ids of a response as it follows a prompt (turns.py), EOS at its end; cut to max_tokens it has no EOS.
 
     Args:
         max_tokens: the longest result in tokens, EOS included; None: no limit.
@@ -62,16 +73,25 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, max_token
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Return the text of a response up to its EOS: what `encode_response` would encode.
 
-    Other special tokens stay visible: an <unk> dropped from a sampled response would turn it into a valid answer.
+    Other special tokens stay visible (turns.py).
     """
-    ids = list(ids)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(ids)).strip()
+    return response_text(tokenizer, ids)
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> list[PairTokens]:
-    """Return the pairs as token ids. Equal texts share one list: copy before changing it."""
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig
+) -> Sequence[PromptTokens]:
+    """Return the prompts with their token ids; those of lazy rows stay on disk."""
+    if (lazy := _on_disk(prompts, tokenizer, cfg)) is not None:
+        return lazy
+    ids = _encode_prompts(tokenizer, prompts)
+    return [PromptTokens(prompt=prompt, prompt_ids=ids[prompt]) for prompt in prompts]
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> Sequence[PairTokens]:
+    """Return the pairs as token ids, those of lazy rows on disk. Equal texts share a list: copy it first."""
+    if (lazy := _on_disk(pairs, tokenizer, cfg)) is not None:
+        return lazy
     prompts = _encode_prompts(tokenizer, (pair.prompt for pair in pairs))
     texts = (text for pair in pairs for text in (pair.chosen, pair.rejected))
     responses = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
@@ -89,8 +109,10 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, cfg:
 
 def encode_rankings(
     rankings: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig
-) -> list[RankingTokens]:
-    """Return the rankings as token ids. Equal texts share one list: copy before changing it."""
+) -> Sequence[RankingTokens]:
+    """Return the rankings as token ids, those of lazy rows on disk. Equal texts share a list: copy it first."""
+    if (lazy := _on_disk(rankings, tokenizer, cfg)) is not None:
+        return lazy
     prompts = _encode_prompts(tokenizer, (ranking.prompt for ranking in rankings))
     texts = (text for ranking in rankings for text in ranking.responses)
     responses = _encode_responses(tokenizer, texts, cfg.max_completion_tokens)
@@ -100,6 +122,25 @@ def encode_rankings(
     ]
 
 
+def trainer_rows(rows: Sequence[Any], bound: np.ndarray | None = None) -> Any:
+    """Return token rows as trainers take them: a `datasets.Dataset` where they lie on disk, else a list.
+
+    Args:
+        rows: token rows.
+        bound: delta* of each pair, nats, (N,), a column more; None: there is none.
+    """
+    if isinstance(rows, LazyRows):
+        return rows.dataset if bound is None else rows.dataset.add_column("bound", bound)
+    return rows if bound is None else [{**row, "bound": b} for row, b in zip(rows, bound.tolist(), strict=True)]
+
+
+def _on_disk(rows: Sequence[Any], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> LazyRows[Any] | None:
+    """Return the ids that `fit_to_context` wrote for lazy rows, None for lists and rows fitted to other settings."""
+    if not isinstance(rows, LazyRows) or rows.encoded is None or rows.encoded.key != encoding_key(tokenizer, cfg):
+        return None
+    return LazyRows(rows.encoded.rows, lambda row: row, source=f"{rows.source}, {rows.encoded.key}")
+
+
 def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many leading tokens two responses share; equal responses share their full length."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
@@ -107,8 +148,10 @@ def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
 
 def encode_demonstrations(
     demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig
-) -> list[DemonstrationTokens]:
-    """Return the demonstrations as token ids. Equal texts share one list: copy before changing it."""
+) -> Sequence[DemonstrationTokens]:
+    """Return the demonstrations as token ids, those of lazy rows on disk. Equal texts share a list: copy it first."""
+    if (lazy := _on_disk(demonstrations, tokenizer, cfg)) is not None:
+        return lazy
     prompts = _encode_prompts(tokenizer, (row.prompt for row in demonstrations))
     responses = _encode_responses(tokenizer, (row.response for row in demonstrations), cfg.max_completion_tokens)
     return [
@@ -130,6 +173,13 @@ def fit_to_context(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg
     Raises:
         DataError: no row of some split fits, or an enumerable answer does not.
     """
+    result = fit_lazy(data, tokenizer, cfg) if isinstance(data.demonstrations, LazyRows) else _fit(data, tokenizer, cfg)
+    _check_splits(data, result, cfg)
+    _check_answers(result, tokenizer, cfg)
+    return result
+
+
+def _fit(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> PreferenceData:
     encoded = _encode_prompts(tokenizer, _prompts(data))
     fitting = {prompt for prompt, ids in encoded.items() if len(ids) <= cfg.max_prompt_tokens}
     short = replace(
@@ -150,8 +200,6 @@ def fit_to_context(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg
         "equal_after_truncation": _count(short) - _count(result),
     }
     result.dropped = data.dropped | {reason: count for reason, count in counts.items() if count}
-    _check_splits(data, result, cfg)
-    _check_answers(result, tokenizer, cfg)
     return result
 
 
@@ -165,7 +213,7 @@ def _distinct(data: PreferenceData, ids: dict[str, list[int]]) -> PreferenceData
         if len(first) > 1:
             rankings.append(Ranking(ranking.prompt, tuple(first.values())))
 
-    def keep(rows: list[Pair]) -> list[Pair]:
+    def keep(rows: Sequence[Pair]) -> list[Pair]:
         if data.reward_rankings and rows is data.reward_pairs:
             return [pair for ranking in rankings for pair in ranking.pairs()]
         return [pair for pair in rows if ids[pair.chosen] != ids[pair.rejected]]
@@ -173,12 +221,12 @@ def _distinct(data: PreferenceData, ids: dict[str, list[int]]) -> PreferenceData
     return replace(data, reward_rankings=rankings, **_each_list(data, keep))
 
 
-def _lists(data: PreferenceData) -> list[list[Pair]]:
+def _lists(data: PreferenceData) -> list[Sequence[Pair]]:
     """Return the lists of pairs, each once: one list may serve two uses, the survey's does."""
     return list({id(rows): rows for rows in (data.reward_pairs, data.policy_pairs, data.heldout_pairs)}.values())
 
 
-def _each_list(data: PreferenceData, change: Callable[[list[Pair]], list[Pair]]) -> dict[str, Any]:
+def _each_list(data: PreferenceData, change: Callable[[Sequence[Pair]], Sequence[Pair]]) -> dict[str, Any]:
     """Return the changed lists of pairs by field name; what was one list stays one."""
     changed = {id(rows): change(rows) for rows in _lists(data)}
     return {name: changed[id(getattr(data, name))] for name in ("reward_pairs", "policy_pairs", "heldout_pairs")}
@@ -221,24 +269,24 @@ def _check_answers(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> dict[str, list[int]]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    unique = list(dict.fromkeys(prompts))
-    return {text: start + ids for text, ids in zip(unique, _token_ids(tokenizer, unique), strict=True)}
+    return _encoded(prompts, lambda texts: prompt_ids(tokenizer, texts), None)
 
 
 def _encode_responses(
     tokenizer: PreTrainedTokenizerBase, responses: Iterable[str], max_tokens: int | None
 ) -> dict[str, list[int]]:
-    unique = list(dict.fromkeys(responses))
-    encoded = _token_ids(tokenizer, [f" {text.strip()}" for text in unique])
-    return {text: [*ids, tokenizer.eos_token_id][:max_tokens] for text, ids in zip(unique, encoded, strict=True)}
+    return _encoded(responses, lambda texts: response_ids(tokenizer, texts), max_tokens)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    ids: list[list[int]] = []
-    with tqdm(total=len(texts), desc="tokenising", unit="text", disable=len(texts) <= PROGRESS_FROM) as bar:
-        for start in range(0, len(texts), CHUNK):
-            chunk = list(texts[start : start + CHUNK])
-            ids += tokenizer(chunk, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+def _encoded(
+    texts: Iterable[str], encode: Callable[[list[str]], list[list[int]]], max_tokens: int | None
+) -> dict[str, list[int]]:
+    """Return the ids of each text, cut to max_tokens. Equal ids are one object: a token takes 8 bytes instead of 36."""
+    unique, known, found = list(dict.fromkeys(texts)), dict[int, int](), dict[str, list[int]]()
+    with tqdm(total=len(unique), desc="tokenising", unit="text", disable=len(unique) <= PROGRESS_FROM) as bar:
+        for start in range(0, len(unique), CHUNK):
+            chunk = unique[start : start + CHUNK]
+            for text, ids in zip(chunk, encode(chunk), strict=True):
+                found[text] = [known.setdefault(token, token) for token in ids[:max_tokens]]
             bar.update(len(chunk))
-    return ids
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -68,6 +68,8 @@ class Question:
 class PreferenceData:
     """All a dataset offers, already split. Where it has rankings, the pairs of a split are all that its rankings imply.
 
+    The rows are lists, or lie on disk (lazy.py): measure, index, slice and iterate them, and hold no copy of them all.
+
     Args:
         demonstrations: for SFT.
         reward_pairs: for the reward model.
@@ -79,15 +81,17 @@ class PreferenceData:
         word_level: True: one token a word; False: byte-level BPE trained on this text.
         dropped: how many rows were left out, by reason.
         reward_rankings: K-way judgements for the reward model; empty where the dataset has only pairs.
+        parts: of a mixture, how many rows each part gave.
     """
 
-    demonstrations: list[Demonstration]
-    reward_pairs: list[Pair]
-    policy_pairs: list[Pair]
-    prompts: list[str]
-    heldout_pairs: list[Pair]
+    demonstrations: Sequence[Demonstration]
+    reward_pairs: Sequence[Pair]
+    policy_pairs: Sequence[Pair]
+    prompts: Sequence[str]
+    heldout_pairs: Sequence[Pair]
     questions: list[Question] = field(default_factory=list)
     gold: Callable[[str, str], float] | None = None
     word_level: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
-    reward_rankings: list[Ranking] = field(default_factory=list)
+    reward_rankings: Sequence[Ranking] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_cli.data.rows import PreferenceData
+
 # Ids as in OPT. pad differs from eos, so that reward pooling and loss masks can tell them apart.
 SPECIALS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+
+
+def made_tokenizer(data: PreferenceData, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer made from the texts that SFT and reward model read: one token a word, or byte-level BPE.
+
+    Args:
+        data: the rows; `word_level` says which kind of tokenizer they want.
+        vocab_size: upper bound of a BPE vocabulary.
+
+    Raises:
+        ValueError: vocab_size below 260.
+    """
+    return word_tokenizer(_texts(data)) if data.word_level else bpe_tokenizer(_texts(data), vocab_size)
+
+
+def _texts(data: PreferenceData) -> Iterator[str]:
+    """Yield the texts one by one: they may lie on disk."""
+    for row in data.demonstrations:
+        yield from (row.prompt, row.response)
+    for pair in data.reward_pairs:
+        yield from (pair.prompt, pair.chosen, pair.rejected)
+    for question in data.questions:
+        yield from (question.prompt, *question.answers)
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

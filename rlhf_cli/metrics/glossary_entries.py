@@ -60,11 +60,14 @@ def _distances(family: str, target: str) -> dict[str, Metric]:
     }
 
 
-# Why rows are left out (data/text.py, data/encode.py).
+# Why rows are left out (data/*_row.py, data/encode.py).
 DROPPED = {
-    "no_shared_prompt": "the dialogues have no Assistant turn",
+    "no_shared_prompt": "the dialogues have no Assistant turn, or the texts no common start",
     "differ_before_last_turn": "the dialogues differ before their last turn",
-    "last_turn_not_assistant": "a Human turn comes last",
+    "last_turn_not_assistant": "the last turn is not the assistant's",
+    "roles_out_of_turn": "user and assistant do not speak in turns, or somebody else speaks",
+    "marker_in_turn": "a message contains Human: or Assistant: as the marker of a turn",
+    "no_choice": "nobody chose",
     "empty_prompt": "the prompt is empty",
     "empty_response": "a response is empty",
     "chosen_equals_rejected": "both responses are the same",
@@ -286,6 +289,9 @@ GLOSSARY: dict[str, Metric] = {
     # Data
     "data/demonstrations": Metric("rows", "Demonstrations that the SFT policy learned from", "none"),
     "data/reward_pairs": Metric("rows", "Preference pairs that the reward model learned from", "none"),
+    "data/policy_pairs": Metric("rows", "Preference pairs that pairwise alignment learns from", "none"),
+    "data/prompts": Metric("prompts", "Prompts that on-policy alignment samples on", "none"),
+    "data/heldout_pairs": Metric("rows", "Preference pairs that nothing was trained on", "none"),
     **{f"data/dropped/{key}": Metric("rows", f"Rows left out: {why}", "none") for key, why in DROPPED.items()},
     "data/dropped/response_truncated": Metric(
         "responses", "Responses cut to dataset.max_completion_tokens; their rows are kept", "none"

@@ -8,21 +8,33 @@ from functools import lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 
-from rlhf_cli.errors import RunError
+from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.hub import local_folder
+from rlhf_cli.models.adapters import CLASSIFIER, adapter_base, adapter_settings, is_adapter
 from rlhf_cli.models.calibration import CALIBRATION_FILE
 from rlhf_cli.models.reward import CENTRE_FILE
+from rlhf_cli.models.tokenizers import FILES, has_tokenizer
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+__all__ = ["base_folder", "base_identity", "fingerprint", "has_tokenizer", "is_reward_model", "model_folder"]
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = ("*.safetensors", "*.bin")
-TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-OTHER_FRAMEWORKS = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite"]
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of what decides what the model in `folder` says: weights, architecture, tokenizer, reading."""
+    """Return the sha256 of what decides what the model in `folder` says: weights, architecture, tokenizer, reading.
+
+    Of an adapter its base belongs to it, wherever that lies.
+
+    Raises:
+        RunError: the base of an adapter is not there.
+    """
     digest = sha256()
+    if is_adapter(folder):
+        settings = {**adapter_settings(folder), "base_model_name_or_path": fingerprint(adapter_base(folder))}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     names = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
-    for name in sorted([*names, *TOKENIZER, "merges.txt", "config.json", CENTRE_FILE, CALIBRATION_FILE]):
+    for name in sorted([*names, *FILES, "merges.txt", "config.json", CENTRE_FILE, CALIBRATION_FILE]):
         if (folder / name).is_file():
             seen = (folder / name).stat()
             changed = (seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
@@ -43,32 +55,54 @@ def model_folder(key: str, given: str) -> Path:
     Raises:
         RunError: there is no such folder, and no such model can be reached.
     """
-    path = Path(given).expanduser()
-    if path.is_dir():
-        return path
-    if not HUB_NAME.fullmatch(given) or Path(given).parent.is_dir():
-        raise RunError(
-            f"{key}={given} is not a folder", "", "give a run folder, a Hugging Face model folder or a Hub name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(given, ignore_patterns=OTHER_FRAMEWORKS))
-    except Exception as error:  # a broken line shows in many ways, of other libraries too
-        raise RunError(
-            f"{key}={given} is neither a folder nor a model that can be reached",
-            next(iter(str(error).splitlines()), type(error).__name__),
-            "check the name; for a gated model, log in with `hf auth login`",
-        ) from error
+    return local_folder(key, given)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether the model in `folder` brings a tokenizer of its own."""
-    return any((folder / name).is_file() for name in TOKENIZER)
+def base_folder(model: ModelConfig, *, reward: bool = False) -> Path:
+    """Return the folder of the model that training starts from.
+
+    Args:
+        model: whose `path` is set.
+        reward: of the reward model, which may have a base of its own (`model.reward_path`).
+
+    Raises:
+        RunError: it is not within reach.
+        ValueError: the model is made, not loaded.
+    """
+    key, given = (
+        ("model.reward_path", model.reward_path) if reward and model.reward_path else ("model.path", model.path)
+    )
+    if given is None:
+        raise ValueError("model.path is null: this model is made from sizes, it has no folder.")
+    return local_folder(key, given)
+
+
+def base_identity(folder: Path) -> str:
+    """Return what tells the content of a base model apart, without reading its weights.
+
+    The commit where the folder is a snapshot in the Hub's cache; else names, sizes and times of its files.
+    """
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
+        return folder.name
+    digest = sha256()
+    names = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
+    for name in sorted([*names, *FILES, "merges.txt", "config.json", "generation_config.json"]):
+        if (folder / name).is_file():
+            seen = (folder / name).stat()
+            digest.update(f"{name} {seen.st_size} {seen.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def has_model(folder: Path) -> bool:
+    """Return whether `folder` holds a model, whole or as an adapter."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Return whether the config in `folder` is that of a sequence classifier."""
+    """Return whether the config in `folder` is that of a sequence classifier, or of an adapter of one."""
+    if is_adapter(folder):
+        return bool(adapter_settings(folder).get("task_type") == CLASSIFIER)
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import MadeModelConfig
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.adapters import adapter_base, is_adapter, open_adapter, plain
+from rlhf_cli.models.loading import REFUSALS, Loading, opened, reason
+from rlhf_cli.models.tokenizers import load_tokenizer
+
+__all__ = ["freeze", "load_policy", "load_tokenizer", "make_policy"]
 
 
 def make_policy(cfg: MadeModelConfig, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> Any:
@@ -48,50 +45,32 @@ def make_policy(cfg: MadeModelConfig, tokenizer: PreTrainedTokenizerBase, *, max
     return OPTForCausalLM(config)
 
 
-def load_policy(path: Path | str, device: str = "cpu") -> Any:
-    """Return the causal language model in `path`, dropout off, in float32.
-
-    Raises:
-        RunError: the folder holds no model that transformers can open.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-        for name, value in config.to_dict().items():  # before the layers copy it
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype="float32")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"no policy could be opened in {path}", reason) from error
-    return cast(Any, model).to(device)
-
-
-def load_tokenizer(path: Path | str, *, training: bool = True) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in `path`, with a padding token that differs from end-of-sequence.
+def load_policy(path: Path | str, device: str = "cpu", how: Loading | None = None, *, trained: bool = False) -> Any:
+    """Return the causal language model in `path`, dropout off; of an adapter folder, its base with the adapter in it.
 
     Args:
         path: model folder.
-        training: False where models are only read: padding is masked there, and any token will do for it.
+        device: cpu or cuda, where `how` is not given: then weights are float32.
+        how: device, number format and attention.
+        trained: the weights will be trained, so they are float32.
 
     Raises:
-        RunError: the folder holds no tokenizer that transformers can open, it has no end-of-sequence, or padding is
-            missing or end-of-sequence while training.
+        RunError: the folder holds no model that transformers can open, or one whose head was never trained.
     """
+    how = how or Loading(device)
+    if is_adapter(path):
+        return plain(open_adapter(load_policy(adapter_base(path), how=how), path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"no tokenizer could be opened in {path}", str(error).splitlines()[0]) from error
-    if tokenizer.eos_token_id is None:
-        raise RunError(f"the tokenizer in {path} has no end-of-sequence token", "every response ends with it")
-    if not training:
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        model, missing = opened(AutoModelForCausalLM, path, how.trained() if trained else how)
+    except REFUSALS as error:
+        raise RunError(f"no policy could be opened in {path}", reason(error)) from error
+    if missing:
         raise RunError(
-            f"the tokenizer in {path} has pad_token={tokenizer.pad_token!r} and eos_token={tokenizer.eos_token!r}",
-            "a model never learns to stop if padding is end-of-sequence, and rewards are read at the wrong token",
-            "give it a padding token of its own",
+            f"the model in {path} is no causal language model: its files lack {', '.join(missing[:3])}",
+            "fresh weights would take their place",
+            "give one that was trained to predict the next token",
         )
-    return tokenizer
+    return model
 
 
 def freeze(model: Any) -> Any:

@@ -9,44 +9,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.batches import rows_that_fit
 from rlhf_cli.models.calibration import CALIBRATION_FILE, LengthCalibration
+from rlhf_cli.models.classifier import load_reward_model
+from rlhf_cli.models.classifier import new_reward_model as new_reward_model
+from rlhf_cli.models.loading import Loading
 from rlhf_cli.models.tokens import TokenBatch, collate
 
 CENTRE_FILE = "reward.json"
-
-
-def new_reward_model(policy_path: Path | str, *, init_std: float) -> Any:
-    """Return a reward model with the body of the policy in `policy_path` and a fresh head."""
-    model = AutoModelForSequenceClassification.from_pretrained(policy_path, num_labels=1, dtype="float32")
-    nn.init.normal_(model.score.weight, std=init_std)
-    return model
-
-
-def load_reward_model(path: Path | str, device: str = "cpu") -> Any:
-    """Return the reward model in `path`.
-
-    Raises:
-        RunError: the folder holds no sequence classifier with one output, read at one token (`score`).
-    """
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        if "mismatched" in reason:
-            reason = "its head has more than one output"
-        raise RunError(f"no reward model could be opened in {path}", reason) from error
-    if not hasattr(model, "score"):
-        raise RunError(
-            f"the reward model in {path} is a {type(model).__name__}",
-            "rewards are read at the last token of a causal body, by a head named score",
-            "give one with the body of a language model, such as OPT, Llama or Qwen",
-        )
-    return model.to(device)
+MOST_ROWS = 256  # sequences per forward; more are not faster
 
 
 def save_centre(path: Path, centre: float) -> None:
@@ -69,7 +43,7 @@ def load_centre(path: Path) -> float:
 
 
 def token_values(model: Any, batch: TokenBatch) -> Tensor:
-    """Return the head's output at every position of the sequences, (B, P + T)."""
+    """Return the head's output at every position of the sequences, in the head's float32, (B, P + T)."""
     body = getattr(model, model.base_model_prefix)
     hidden = body(
         input_ids=batch.input_ids,
@@ -77,12 +51,21 @@ def token_values(model: Any, batch: TokenBatch) -> Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
-    return model.score(hidden).squeeze(-1)
+    exact = model.score.weight.dtype  # of the one in use, where an adapter brings its own
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits: margins would be lost
+        return model.score(hidden.to(exact)).squeeze(-1)
 
 
 def sequence_scores(model: Any, batch: TokenBatch) -> Tensor:
     """Return the raw score of each response, read at its last token, (B,)."""
     return last_values(token_values(model, batch), batch)
+
+
+def rows_at_once(model: Any, width: int) -> int:
+    """Return how many sequences of `width` tokens one forward without gradient can score, at most 256."""
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
+    return min(MOST_ROWS, rows_that_fit(width, 2 * config.hidden_size + inner, model.device))
 
 
 def last_values(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -124,16 +107,27 @@ class ModelReward:
         pad_id: padding token.
         device: cpu or cuda.
         calibration: "length" takes out what length explains (calibration.py); "none" reads the score as it is.
-        micro_batch: sequences per forward.
+        micro_batch: sequences per forward; None: as many as fit the memory.
+        how: device, number format and attention; None: in float32 on `device`.
+        model: what is in `path`, where it is in memory already; None: it is loaded.
 
     Raises:
         RunError: the folder holds no such model, or calibration is "length" and it holds none.
     """
 
-    def __init__(self, path: Path, pad_id: int, device: str, calibration: str = "none", micro_batch: int = 256) -> None:
+    def __init__(
+        self,
+        path: Path,
+        pad_id: int,
+        device: str,
+        calibration: str = "none",
+        micro_batch: int | None = None,
+        how: Loading | None = None,
+        model: Any = None,
+    ) -> None:
         from rlhf_cli.models.policy import freeze
 
-        self.model = freeze(load_reward_model(path, device))
+        self.model = freeze(load_reward_model(path, device, how) if model is None else model)
         self.centre = load_centre(path) if (path / CENTRE_FILE).is_file() else 0.0  # a foreign model: see centred()
         self.positions = getattr(self.model.config, "max_position_embeddings", None)
         self.path, self.pad_id, self.device, self.micro_batch = path, pad_id, device, micro_batch
@@ -160,7 +154,8 @@ class ModelReward:
         """
         self._require_positions(prompts, responses)
         batch = collate(prompts, responses, self.pad_id, self.device)
-        scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(self.micro_batch)])
+        size = self.micro_batch or rows_at_once(self.model, batch.input_ids.shape[1])
+        scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(size)])
         rewards = require_finite(scores - self.centre)
         if self.calibration is None:
             return rewards

@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, TextConfig
-from rlhf_cli.data.encode import encode_pairs, encode_prompt
-from rlhf_cli.models.policy import load_policy
-from rlhf_cli.models.reward import Critic, load_reward_model, new_reward_model
+from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, SplitConfig
+from rlhf_cli.data.encode import encode_pairs, encode_prompts, trainer_rows
+from rlhf_cli.models.adapters import save_model
 from rlhf_cli.run import seed_everything
-from rlhf_cli.stages import priors, roles
+from rlhf_cli.stages import footprint, priors, roles
+from rlhf_cli.stages.opening import computing
 from rlhf_cli.stages.results import SHOWN, announce, measure
+from rlhf_cli.stages.role_models import critic_model
 from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
 from rlhf_cli.store import read_json, write_json
-from rlhf_cli.trainers.common import Reporter, fit
+from rlhf_cli.trainers.common import Reporter, fit, reading
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,24 @@ def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None 
     """Provide SFT policy and reward model, align a policy, measure it, and leave everything in the run folder."""
     with open_run(cfg, "align", cfg.algo.name, overrides, config_dir) as session:
         if not session.finished:
+            footprint.announce(cfg)
             _align(cfg, session)
         summary(session, SHOWN)
     return session.directory
 
 
 def _align(cfg: AlignConfig, session: Session) -> None:
-    work = prepare(cfg, roles.of_config(cfg))
+    work = prepare(cfg, roles.of_config(cfg), training=True)
     announce(work, session)
     seed_everything(cfg.seed)
-    policy = load_policy(work.roles.reference, work.device)
+    policy = work.models.policy
     trainer = _trainer(work, policy, session.directory / "checkpoints")
     best = Best(session.directory, work)
     every = (cfg.trainer.online if work.algorithm.family == "online" else cfg.trainer.pairwise).eval_every_steps
     follow = _follow(work, policy, best)
     reporter = Reporter(cfg.algo.name, session.log, rename=_names, evaluate=follow, eval_every_steps=every)
     fit(trainer, reporter, rewind=session.run.rewind)
-    policy.save_pretrained(session.directory / "model")
+    save_model(policy, session.directory / "model")
     work.tokenizer.save_pretrained(session.directory / "model")
     measure(work, policy, session.directory / "model", session, best.metrics())
 
@@ -65,7 +67,7 @@ class Best:
         if step == 0 or (before is not None and not again and metrics[self.key] >= before[f"best/{self.key}"]):
             return
         partial = self.directory / ".best.partial"
-        policy.save_pretrained(partial)
+        save_model(policy, partial)
         self.work.tokenizer.save_pretrained(partial)
         replace_folder(partial, self.directory / "best")
         kept = {key: value for key, value in metrics.items() if key.startswith(("pm/", "optimum/", "gold/"))}
@@ -78,7 +80,8 @@ class Best:
 
 def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[str, float]]:
     def evaluate(step: int) -> dict[str, float]:
-        metrics = work.metrics_while_training(policy)
+        with reading(policy):
+            metrics = work.metrics_while_training(policy)
         best.offer(policy, metrics, step)
         return metrics
 
@@ -87,21 +90,20 @@ def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[st
 
 def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
     cfg, stages = work.cfg, work.roles.stages
-    places: dict[str, Any] = {"folder": folder, "seed": cfg.seed, "device": work.device}
+    places: dict[str, Any] = {"folder": folder, "seed": cfg.seed, "computing": computing(cfg)}
     if work.algorithm.family == "pairwise":
         from rlhf_cli.trainers.pairwise import pairwise_trainer
 
         block = cfg.trainer.pairwise
-        pairs: list[Any] = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
+        pairs = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
         bounds = priors.bounds(cfg.algo.constraint, work.data.policy_pairs, pairs, cfg=cfg, sft=stages[roles.REFERENCE])
-        if bounds is not None:
-            pairs = [{**pair, "bound": bound} for pair, bound in zip(pairs, bounds.tolist(), strict=True)]
         require_batch(pairs, block.batch_size, "preference pairs", "trainer.pairwise.batch_size")
         return pairwise_trainer(
-            work.algorithm, cfg.algo, policy, work.reference, work.tokenizer, pairs, block,
+            work.algorithm, cfg.algo, policy, work.reference, work.tokenizer, trainer_rows(pairs, bounds), block,
             temperature=cfg.generation.temperature, tree=work.tree, **places,
         )  # fmt: skip
-    from rlhf_cli.trainers.online import OnlineParts, online_trainer
+    from rlhf_cli.trainers.online import online_trainer
+    from rlhf_cli.trainers.parts import OnlineParts
 
     assert isinstance(cfg.algo, OnlineAlgoConfig)
     parts = OnlineParts(
@@ -110,14 +112,14 @@ def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
         reward=work.reward,
         reward_clip=cfg.reward.clip,
         reference=work.reference,
-        critic=_critic(work) if cfg.algo.advantage == "gae" else None,
+        critic=critic_model(cfg, work.roles, work.models, work.tokenizer) if cfg.algo.advantage == "gae" else None,
         generation=cfg.generation,
         tree=work.tree,
     )
     if cfg.generation.top_p < 1:
         logger.warning("generation.top_p=%s: gradients are biased; metrics use top_p=1", cfg.generation.top_p)
-    prompts = [{"prompt": prompt, "prompt_ids": encode_prompt(work.tokenizer, prompt)} for prompt in work.data.prompts]
-    if isinstance(cfg.dataset, TextConfig):
+    prompts: Any = encode_prompts(work.data.prompts, work.tokenizer, cfg.dataset)
+    if isinstance(cfg.dataset, SplitConfig):
         per_row = cfg.algo.num_generations / cfg.algo.minibatches
         per_update = int(cfg.trainer.online.batch_size / per_row)
         require_batch(prompts, per_update, "prompts", "trainer.online.batch_size", per_row=per_row)
@@ -125,14 +127,6 @@ def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
         parts, policy, work.tokenizer, prompts, cfg.trainer.online,
         max_completion_tokens=cfg.dataset.max_completion_tokens, **places,
     )  # fmt: skip
-
-
-def _critic(work: Workspace) -> Critic:
-    """Return a critic initialised from the reward model; with gold rewards, from the SFT body and a fresh head."""
-    rm = work.roles.stages.get(roles.REWARD)
-    if rm is not None:
-        return Critic(load_reward_model(rm / "model", work.device))
-    return Critic(new_reward_model(work.roles.reference, init_std=work.cfg.model.init_std).to(work.device))
 
 
 def _names(metrics: dict[str, float]) -> dict[str, float]:

@@ -14,11 +14,11 @@ from rlhf_cli.measure.judge import check_judge
 from rlhf_cli.models.folders import fingerprint, has_tokenizer
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
 from rlhf_cli.stages import provide, roles, trust
+from rlhf_cli.stages.opening import frozen
 from rlhf_cli.stages.results import SHOWN, announce, measure, stage_metrics
 from rlhf_cli.stages.session import Session, open_run, say, summary
 from rlhf_cli.stages.workspace import prepare, require_context
 from rlhf_cli.store import read_json
-from rlhf_cli.trainers.common import resolve_device
 
 JUDGED = re.compile(r"by/[^/]+/(pm/tv|win_rate/rm|reward/mean)")  # of further reward models, what is printed
 
@@ -34,7 +34,7 @@ def run(cfg: EvaluateConfig, overrides: Sequence[str] = (), config_dir: str | No
         if not session.finished:
             found = roles.of_evaluation(cfg)
             path = folder or found.reference
-            policy = load_policy(path, resolve_device(cfg.device))
+            policy = load_policy(path, how=frozen(cfg))
             require_same_tokens(path, load_tokenizer(found.reference, training=False), policy)
             require_context(policy, cfg.dataset, str(path))
             work = prepare(cfg, found)
@@ -62,7 +62,7 @@ def _named_policy(cfg: EvaluateConfig, folder: Path | None) -> tuple[str, Any] |
     """Return name and model of the policy in `folder`, which must have the reward model's tokens."""
     if folder is None:
         return None
-    policy = load_policy(folder, resolve_device(cfg.device))
+    policy = load_policy(folder, how=frozen(cfg))
     require_same_tokens(folder, load_tokenizer(provide.sft_policy(cfg) / "model"), policy)
     return str(folder), policy
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli.config.compose import identity, own_modules
-from rlhf_cli.config.schema import EvaluateConfig, TextConfig
+from rlhf_cli.config.schema import EvaluateConfig, SplitConfig
 from rlhf_cli.data import content
 from rlhf_cli.data.encode import decode_response, encode_response
 from rlhf_cli.measure.diversity import diversity
@@ -162,7 +162,7 @@ def _exact(
 
 def _pool(work: Workspace) -> Pool:
     """Return the candidates of every measured prompt: the dataset's responses and samples of the reference."""
-    assert isinstance(work.cfg.dataset, TextConfig)
+    assert isinstance(work.cfg.dataset, SplitConfig)
     size, limit = work.cfg.dataset.pool_samples, work.cfg.dataset.max_completion_tokens
     listed: dict[str, list[list[int]]] = {prompt: [] for prompt in work.prompts}
     for pair in work.data.heldout_pairs:

@@ -13,6 +13,7 @@ import torch
 
 from rlhf_cli.config.schema import CommandConfig, CosinePrior, FixedPrior, LengthPrior, RandomPrior
 from rlhf_cli.data.encode import PairTokens, shared_tokens
+from rlhf_cli.data.lazy import LazyRows
 from rlhf_cli.data.rows import Pair
 from rlhf_cli.errors import DataError
 from rlhf_cli.models.encoder import Encoder, check_encoder, pair_cosines
@@ -22,6 +23,7 @@ from rlhf_cli.trainers.common import resolve_device
 
 SFT = "sft"  # the encoder that is the SFT policy
 ENCODER_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
+AT_ONCE = 10_000  # pairs on disk that are embedded at a time
 RANDOM_STREAM = 31  # of the random control's draws, beside the other streams of a seed
 
 
@@ -93,25 +95,34 @@ def length_ratios(rows: Sequence[PairTokens]) -> np.ndarray:
 
 def similarities(prior: CosinePrior, pairs: Sequence[Pair], *, cfg: CommandConfig, sft: Path) -> np.ndarray:
     """Return the similarity of the responses' embeddings, in [0, 1], (N,): computed once per data set, then stored."""
-    texts = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
-    distinct = list(dict.fromkeys(texts))
+    texts = None if isinstance(pairs, LazyRows) else _texts(pairs)
+    distinct = list(dict.fromkeys(texts or []))
     what = {
         "encoder": read_json(sft / "identity.json") if prior.encoder == SFT else encoder_identity(prior.encoder),
         "pooling": prior.pooling,
         "embed_prompt": prior.embed_prompt,
-        "texts": hashlib.sha256(json.dumps(distinct).encode()).hexdigest(),
+        "texts": pairs.source
+        if isinstance(pairs, LazyRows)
+        else hashlib.sha256(json.dumps(distinct).encode()).hexdigest(),
     }
     with Store(Path(cfg.store_dir)).building("similarity", what) as building:
         file = building.path / "cosine.npy"
         if not building.ready:
             source = sft / "model" if prior.encoder == SFT else prior.encoder
             encoder = Encoder(source, pooling=prior.pooling, device=resolve_device(cfg.device))
-            np.save(file, pair_cosines(encoder, distinct, embed_prompt=prior.embed_prompt).double().numpy())
+            parts = map(_texts, pairs.batches(AT_ONCE)) if isinstance(pairs, LazyRows) else [distinct]
+            np.save(file, torch.cat([pair_cosines(encoder, part, embed_prompt=prior.embed_prompt) for part in parts]))
             file = building.publish() / "cosine.npy"
         cosine = np.load(file)
-    place = {text: number for number, text in enumerate(distinct)}
-    found = torch.from_numpy(cosine[[place[text] for text in texts]]).clamp(0, 1)
+    if texts is not None:
+        place = {text: number for number, text in enumerate(distinct)}
+        cosine = cosine[[place[text] for text in texts]]
+    found = torch.from_numpy(cosine).clamp(0, 1)
     return (angle(found) if prior.similarity == "angle" else found).numpy()
+
+
+def _texts(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
 
 
 def encoder_identity(encoder: str) -> Any:

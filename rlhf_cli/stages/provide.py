@@ -9,38 +9,50 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.compose import identity, own_modules
-from rlhf_cli.config.schema import CommandConfig, TrainRmConfig
-from rlhf_cli.data import content
+from rlhf_cli.config.schema import CommandConfig, LoraConfig, TrainRmConfig
+from rlhf_cli.data import PLACE, content
+from rlhf_cli.models.folders import base_folder, base_identity
 from rlhf_cli.rewards.bt import Config as BtConfig
 from rlhf_cli.rewards.warm import Config as WarmConfig
 from rlhf_cli.stages import priors, train_rm, train_sft, warm
 from rlhf_cli.stages.log import StageLog
+from rlhf_cli.stages.opening import reward_start
 from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import Log
 
-FORMAT = 2  # raised when a stage is built differently, so that old ones are not re-used
+FORMAT = 3  # raised when a stage is built differently, so that old ones are not re-used
 # dataset keys that no earlier stage reads
 MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples", "pool_samples")
+REWARD_ONLY = ("reward_path", "reward_start", "share_base")  # model keys that SFT does not read
 JUDGING_ONLY = ("length_bias", "ranking_size")  # dataset keys that SFT does not read
 
 
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the SFT policy: model, data, optimisation, seed."""
     dataset = {key: value for key, value in dataset_identity(cfg).items() if key not in JUDGING_ONLY}
-    return {
-        "format": FORMAT,
-        "seed": cfg.seed,
-        "model": identity(cfg.model),
-        "dataset": dataset,
-        "sft": identity(cfg.trainer.sft),
-    }
+    model = {key: value for key, value in identity(cfg.model).items() if key not in REWARD_ONLY}
+    what = {"format": FORMAT, "seed": cfg.seed, "model": model, "dataset": dataset, "sft": identity(cfg.trainer.sft)}
+    if cfg.model.path is None:
+        return what  # a model that is made is trained whole
+    model["path"] = base_identity(base_folder(cfg.model))  # what it holds, wherever it lies
+    template = Path(cfg.model.chat_template).expanduser()
+    if template.is_file():
+        model["chat_template"] = template.read_text(encoding="utf-8")
+    return {**what, **_peft_identity(cfg)}
+
+
+def _peft_identity(cfg: CommandConfig) -> dict[str, Any]:
+    """Return the adapters that are trained, without what has gone into the learning rates; nothing without adapters."""
+    if not isinstance(cfg.peft, LoraConfig):
+        return {}
+    return {"peft": {key: value for key, value in identity(cfg.peft).items() if key != "learning_rate_factor"}}
 
 
 def dataset_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the rows that models are trained on."""
     dataset = {key: value for key, value in identity(cfg.dataset).items() if key not in MEASURING_ONLY}
-    if "path" in dataset:
-        dataset["path"] = content(cfg.dataset)  # what the file holds, wherever it lies
+    if (rows := content(cfg.dataset)) is not None:  # what they are, wherever they lie
+        return {key: value for key, value in dataset.items() if key not in PLACE} | {"rows": rows}
     return dataset
 
 
@@ -51,6 +63,9 @@ def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
         reward["encoder"] = priors.encoder_identity(reward["encoder"])
     own = own_modules(cfg).get("reward")
     what = {**sft_identity(cfg), "dataset": dataset_identity(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
+    what |= _peft_identity(cfg)
+    if cfg.model.reward_path is not None or cfg.model.reward_start == "base":
+        what["base"] = base_identity(reward_start(cfg, Path()))
     return {**what, **({"own_module": own} if own else {})}
 
 

@@ -58,7 +58,8 @@ def stage_metrics(stages: dict[str, Path]) -> dict[str, float]:
 def measure(work: Workspace, policy: Any, folder: Path, session: Session, more: dict[str, float]) -> None:
     """Write metrics, completions, distributions and figures of `policy`, whose weights are in `folder`."""
     measured = measure_policy(work, policy, folder)
-    dropped = {f"data/dropped/{reason}": count for reason, count in work.data.dropped.items()}
+    counts = {f"data/{split}": len(getattr(work.data, split)) for split in ("policy_pairs", "prompts", "heldout_pairs")}
+    counts |= {f"data/dropped/{reason}": count for reason, count in work.data.dropped.items()}
     session.run.write_completions(measured.completions)
     write_json(session.directory / "measured.json", measured.about)
     write_json(session.directory / "pairs.json", measured.pairs)
@@ -73,7 +74,7 @@ def measure(work: Workspace, policy: Any, folder: Path, session: Session, more: 
     if pair_figure({name: measured.pairs}, figure):
         session.run.add_figure(figure)
     _draw_curves(work, session)
-    session.run.write_metrics({**stage_metrics(work.roles.stages), **dropped, **measured.metrics, **more})
+    session.run.write_metrics({**stage_metrics(work.roles.stages), **counts, **measured.metrics, **more})
 
 
 def _draw_curves(work: Workspace, session: Session) -> None:

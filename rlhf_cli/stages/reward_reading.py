@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rlhf_cli.config.schema import AlignConfig
+from rlhf_cli.data.dialogue import HUMAN
 from rlhf_cli.data.encode import decode_response, encode_pairs, encode_prompt, encode_response
 from rlhf_cli.data.rows import PreferenceData
+from rlhf_cli.data.turns import prompt_text, same_turns
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.folders import has_tokenizer
+from rlhf_cli.models.loading import loading
 from rlhf_cli.models.policy import load_tokenizer
 from rlhf_cli.models.reward import CENTRE_FILE, EnsembleReward, GoldReward, ModelReward, RetokenizedReward, Reward
 
@@ -29,31 +33,40 @@ def mean_reward(members: Sequence[Reward]) -> Reward:
     return members[0] if len(members) == 1 else EnsembleReward(members)
 
 
-def model_reward(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, folder: Path, device: str) -> Reward:
+def model_reward(
+    cfg: AlignConfig, data: PreferenceData, tokenizer: Any, folder: Path, device: str, *, model: Any = None
+) -> Reward:
     """Return the reward of the model in `folder`, read with its own tokenizer where that is another one.
 
-    A model that brings no centre is centred on chosen training responses, cut as they are for training.
+    A model that brings no centre is centred on chosen training responses, cut as they are for training. `model` is
+    what is in `folder` where it is in memory already.
 
     Raises:
         RunError: the folder holds no reward model that can be read so.
     """
     own = load_tokenizer(folder, training=False) if has_tokenizer(folder) else tokenizer
-    model = ModelReward(folder, own.pad_token_id, device, getattr(cfg.reward, "calibration", "none"))
-    if model.model.config.vocab_size < len(own):
+    how, calibration = loading(cfg.model, device), getattr(cfg.reward, "calibration", "none")
+    found = ModelReward(folder, own.pad_token_id, device, calibration, how=how, model=model)
+    if found.model.config.vocab_size < len(own):
         raise RunError(
-            f"the reward model in {folder} knows {model.model.config.vocab_size} tokens",
+            f"the reward model in {folder} knows {found.model.config.vocab_size} tokens",
             f"its tokenizer has {len(own)}" if own is not tokenizer else f"the policy's tokenizer has {len(own)}",
             "put the tokenizer that it was trained with into its folder",
         )
 
-    def reading(reward: Reward) -> Reward:
-        return reward if own.get_vocab() == tokenizer.get_vocab() else _retokenized(reward, tokenizer, own)
-
     if (folder / CENTRE_FILE).is_file():
-        return reading(model)
+        return read_with(found, tokenizer, own, data)
     pairs = encode_pairs((data.reward_pairs or data.heldout_pairs)[:CENTRE_PAIRS], tokenizer, cfg.dataset)
-    scores = reading(model)([pair["prompt_ids"] for pair in pairs], [pair["chosen_ids"] for pair in pairs])
-    return reading(model.centred(float(scores.mean())))
+    scores = read_with(found, tokenizer, own, data)(
+        [pair["prompt_ids"] for pair in pairs], [pair["chosen_ids"] for pair in pairs]
+    )
+    return read_with(found.centred(float(scores.mean())), tokenizer, own, data)
+
+
+def read_with(reward: Reward, policy: Any, own: Any, data: PreferenceData) -> Reward:
+    """Return `reward`, which reads ids of the tokenizer `own`, for ids that `policy` gives to prompts of `data`."""
+    dialogues = any(prompt.startswith(HUMAN) for prompt in islice(data.prompts, 100))
+    return reward if same_turns(own, policy) else _retokenized(reward, policy, own, dialogues)
 
 
 def gold_reward(data: PreferenceData, tokenizer: Any, device: str) -> GoldReward:
@@ -70,9 +83,9 @@ def gold_reward(data: PreferenceData, tokenizer: Any, device: str) -> GoldReward
     return GoldReward(table, centre=sum(chosen) / len(chosen), offset_reward=gold("", ""), device=device)
 
 
-def _retokenized(reward: Reward, policy: Any, own: Any) -> RetokenizedReward:
+def _retokenized(reward: Reward, policy: Any, own: Any, dialogues: bool) -> RetokenizedReward:
     def decode(prompt: Sequence[int], response: Sequence[int]) -> tuple[str, str, bool]:
-        text = policy.decode(prompt, skip_special_tokens=True)
+        text = prompt_text(policy, prompt, dialogues=dialogues)
         return text, decode_response(policy, response), policy.eos_token_id in response
 
     def encode(prompt: str, response: str, ended: bool) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from rlhf_cli.config.compose import identity
 from rlhf_cli.config.schema import AlignConfig, EvaluateConfig
 from rlhf_cli.data import content
 from rlhf_cli.errors import RunError
-from rlhf_cli.models.folders import is_reward_model, model_folder
+from rlhf_cli.models.folders import has_model, is_reward_model, model_folder
 from rlhf_cli.stages import provide
 from rlhf_cli.store import read_json
 
@@ -102,7 +102,7 @@ def policy_in(key: str, given: str, checkpoint: str = "last") -> Path:
     folder = model_folder(key, given)
     name = "model" if checkpoint == "last" else "best"
     for place in (folder / name, folder):
-        if (place / "config.json").is_file():
+        if has_model(place):
             if is_reward_model(place):
                 raise RunError(
                     f"{key}={place} holds a reward model, not a policy",

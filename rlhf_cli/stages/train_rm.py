@@ -10,28 +10,31 @@ import numpy as np
 import torch
 
 from rlhf_cli import rewards
-from rlhf_cli.config.schema import TrainedRewardConfig, TrainRmConfig
+from rlhf_cli.config.schema import QLoraConfig, TrainedRewardConfig, TrainRmConfig
 from rlhf_cli.metrics.calibration import logistic_loss, right_side
+from rlhf_cli.models.adapters import plain, save_model
 from rlhf_cli.models.calibration import CALIBRATION_FILE, MIN_POINTS, fit_length_calibration
 from rlhf_cli.models.policy import freeze
-from rlhf_cli.models.reward import new_reward_model, require_finite, save_centre, sequence_scores
+from rlhf_cli.models.reward import load_reward_model, new_reward_model, require_finite, save_centre, sequence_scores
 from rlhf_cli.models.tokens import collate
 from rlhf_cli.run import seed_everything
-from rlhf_cli.stages.judgements import Judgements, judgement
+from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.log import StageLog
+from rlhf_cli.stages.opening import adapted, computing, frozen, reward_start, trained
 from rlhf_cli.stages.session import open_run, require_batch, summary
 from rlhf_cli.stages.train_sft import dropped
-from rlhf_cli.trainers.common import Reporter, fit, resolve_device
+from rlhf_cli.trainers.common import Reporter, fit
 
 CENTRE_PAIRS = 2000  # pairs whose chosen responses give the centre
 
 
 def run(cfg: TrainRmConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
     """Train (or find) the reward model, judge it, and leave both with curves and figures in the run folder."""
-    from rlhf_cli.stages import provide, trust
+    from rlhf_cli.stages import footprint, provide, trust
 
     with open_run(cfg, "train-rm", "rm", overrides, config_dir) as session:
         if not session.finished:
+            footprint.announce(cfg)
             stage = provide.reward_model(cfg, session.log)
             session.adopt(stage, "rm")
             trust.report(cfg, session)
@@ -49,21 +52,23 @@ def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: in
     assert isinstance(cfg.reward, TrainedRewardConfig)
     data = Judgements(cfg, sft)
     seed_everything(cfg.seed)
-    model = new_reward_model(sft / "model", init_std=cfg.model.init_std)
+    start = reward_start(cfg, sft)
+    model = adapted(cfg, new_reward_model(start, init_std=cfg.model.init_std, how=trained(cfg)), start)
     seed = member_seed(cfg.seed, member)
     loss = rewards.get(cfg.reward.name)
-    rows = data.training_rows(loss, sft)
-    damage = data.damaged(data.pairs, cfg.reward.negative_share, np.random.default_rng(seed), beside=len(rows))
-    rows += [judgement(pair) for pair in damage]  # without a bound: a prior is about what people judge
+    rows = data.training_set(loss, sft, np.random.default_rng(seed), folder / "checkpoints")
     require_batch(rows, cfg.trainer.rm.batch_size, "reward judgements", "trainer.rm.batch_size")
-    device = resolve_device(cfg.device)
     trainer = reward_trainer(
         model, data.tokenizer, rows, loss, cfg.reward, cfg.trainer.rm, folder=folder / "checkpoints", seed=seed,
-        device=device,
+        computing=computing(cfg),
     )  # fmt: skip
     title = "reward model" if member == 0 else f"reward model, member {member}"
     fit(trainer, Reporter(title, log, rename=_names), rewind=log.rewind)
-    finish(data, model, folder, log)
+    save_model(model, folder / "model")
+    if isinstance(cfg.peft, QLoraConfig):  # read as it will be: on the base as it is
+        del trainer
+        model = load_reward_model(folder / "model", how=frozen(cfg))
+    finish(data, plain(model), folder, log)
 
 
 def member_seed(seed: int, member: int) -> int:
@@ -72,9 +77,8 @@ def member_seed(seed: int, member: int) -> int:
 
 
 def finish(data: Judgements, model: Any, folder: Path, log: StageLog, more: dict[str, float] | None = None) -> None:
-    """Write a trained model with its centre, its length calibration and its first numbers."""
+    """Write what belongs to a trained model in `folder`: tokenizer, centre, length calibration, first numbers."""
     freeze(model)
-    model.save_pretrained(folder / "model")
     data.tokenizer.save_pretrained(folder / "model")
     centre = float(_scores(model, data.pairs[:CENTRE_PAIRS], "chosen_ids", data.tokenizer.pad_token_id).mean())
     save_centre(folder / "model", centre)

@@ -15,12 +15,13 @@ from rlhf_cli.data.encode import PairTokens, encode_prompt, encode_response
 from rlhf_cli.measure.sampled import Sampling, draw
 from rlhf_cli.measure.trust import Gold, HeldOut, Spread, trust_report
 from rlhf_cli.models.calibration import CALIBRATION_FILE
-from rlhf_cli.models.policy import freeze, load_policy
+from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
 from rlhf_cli.models.reward import ModelReward, Reward
 from rlhf_cli.report.trust import trust_figure
 from rlhf_cli.stages import priors, provide
 from rlhf_cli.stages.judgements import Judgements
-from rlhf_cli.stages.reward_reading import mean_reward
+from rlhf_cli.stages.opening import frozen
+from rlhf_cli.stages.reward_reading import mean_reward, read_with
 from rlhf_cli.stages.session import Session, say
 from rlhf_cli.stages.workspace import answer_tree, measured_prompts
 from rlhf_cli.store import write_json
@@ -52,8 +53,10 @@ def report(cfg: TrainRmConfig, session: Session, *, policy: tuple[str, Any] | No
     pairs = data.encode(data.measuring)
     heldout = _held_out(cfg, data, pairs, readings, read, sft)
     dataset = np.concatenate([heldout.chosen, heldout.rejected])
-    name, model = policy or ("the SFT policy", load_policy(sft / "model", device))
-    spread = Spread(dataset, _policy_rewards(cfg, data, readings[read], model, device), name)
+    name, model = policy or ("the SFT policy", load_policy(sft / "model", how=frozen(cfg)))
+    tokenizer = load_tokenizer(sft / "model")
+    scored = read_with(readings[read], tokenizer, data.tokenizer, data.data)
+    spread = Spread(dataset, _policy_rewards(cfg, data, scored, (model, tokenizer), device), name)
     metrics, panels = trust_report(heldout, _gold(data, readings[read]), spread)
     metrics["rm/negative_accuracy"] = _negative_accuracy(data, pairs, readings[read])
     write_json(session.directory / FILE, {"metrics": metrics, "panels": panels})
@@ -74,7 +77,7 @@ def reward_readings(cfg: TrainRmConfig, pad_id: int, device: str) -> tuple[dict[
     reward = cfg.reward
     assert isinstance(reward, TrainedRewardConfig)
     folders = [folder / "model" for folder in provide.combined_members(cfg) or [provide.reward_model(cfg)]]
-    members = [ModelReward(folder, pad_id, device) for folder in folders]
+    members = [ModelReward(folder, pad_id, device, how=frozen(cfg)) for folder in folders]
     readings: dict[str, Reward] = {"raw": mean_reward(members)}
     read = "calibrated" if reward.calibration == "length" else "raw"
     if read == "calibrated" or all((folder / CALIBRATION_FILE).is_file() for folder in folders):
@@ -86,7 +89,7 @@ def reward_readings(cfg: TrainRmConfig, pad_id: int, device: str) -> tuple[dict[
 def _held_out(
     cfg: TrainRmConfig,
     data: Judgements,
-    pairs: list[PairTokens],
+    pairs: Sequence[PairTokens],
     readings: dict[str, Reward],
     read: str,
     sft: Path,
@@ -114,7 +117,7 @@ def _held_out(
     )
 
 
-def _negative_accuracy(data: Judgements, pairs: list[PairTokens], reward: Reward) -> float:
+def _negative_accuracy(data: Judgements, pairs: Sequence[PairTokens], reward: Reward) -> float:
     """Return the share of damaged responses below the intact one, as many as there are pairs."""
     damaged = data.damaged(pairs, 0.5, np.random.default_rng([data.cfg.seed, 1]))
     margin = _rewards(reward, damaged, "chosen_ids") - _rewards(reward, damaged, "rejected_ids")
@@ -147,9 +150,11 @@ def _gold(data: Judgements, reward: Reward) -> Gold | None:
     return Gold(found, known, [not question.heldout for question in questions])
 
 
-def _policy_rewards(cfg: TrainRmConfig, data: Judgements, reward: Reward, policy: Any, device: str) -> np.ndarray:
+def _policy_rewards(
+    cfg: TrainRmConfig, data: Judgements, reward: Reward, speaker: tuple[Any, Any], device: str
+) -> np.ndarray:
     """Return the rewards of a policy's samples, drawn as its alignment draws them, (prompts, samples)."""
-    tokenizer = data.tokenizer
+    policy, tokenizer = speaker
     generation = getattr(cfg, "generation", None)  # train-rm has none: the SFT policy as it is
     how = Sampling(
         max_new_tokens=cfg.dataset.max_completion_tokens,

@@ -11,10 +11,12 @@ import torch
 
 from rlhf_cli.config.schema import TrainRmConfig
 from rlhf_cli.metrics.calibration import expected_calibration_error, logistic_loss, right_side
-from rlhf_cli.models.reward import ModelReward, load_reward_model
+from rlhf_cli.models.adapters import adapter_base, is_adapter, merged, open_adapter
+from rlhf_cli.models.reward import ModelReward, load_reward_model, new_reward_model
 from rlhf_cli.rewards.warm import average_weights
 from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.log import StageLog
+from rlhf_cli.stages.opening import frozen
 from rlhf_cli.stages.train_rm import finish
 from rlhf_cli.trainers.common import resolve_device
 
@@ -24,10 +26,19 @@ def build(cfg: TrainRmConfig, sft: Path, members: list[Path], folder: Path, log:
     data, device = Judgements(cfg, sft), resolve_device(cfg.device)
     _mean_curves(members, log)
     found = agreement(data, members, device)
-    weights = average_weights([load_reward_model(member / "model").state_dict() for member in members])
-    averaged = load_reward_model(members[0] / "model")
+    weights = average_weights([_whole(member).state_dict() for member in members])
+    averaged = _whole(members[0])
     averaged.load_state_dict(weights)
+    averaged.save_pretrained(folder / "model")
     finish(data, averaged.to(device), folder, log, more=found)
+
+
+def _whole(member: Path) -> Any:
+    """Return a member in float32, its adapter merged if it has one."""
+    folder = member / "model"
+    if not is_adapter(folder):
+        return load_reward_model(folder)
+    return merged(open_adapter(new_reward_model(adapter_base(folder), init_std=1.0), folder))
 
 
 def agreement(data: Judgements, members: list[Path], device: str) -> dict[str, float]:
@@ -45,8 +56,8 @@ def agreement(data: Judgements, members: list[Path], device: str) -> dict[str, f
 
 
 def _margins(member: Path, data: Judgements, device: str) -> np.ndarray:
-    reward = ModelReward(member / "model", data.tokenizer.pad_token_id, device)
-    rows: list[Any] = data.encode(data.measuring)
+    reward = ModelReward(member / "model", data.tokenizer.pad_token_id, device, how=frozen(data.cfg))
+    rows = data.encode(data.measuring)
     prompts = [row["prompt_ids"] for row in rows]
     sides = [reward(prompts, [row[side] for row in rows]) for side in ("chosen_ids", "rejected_ids")]
     return (sides[0] - sides[1]).double().cpu().numpy()

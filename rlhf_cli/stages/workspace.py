@@ -21,8 +21,8 @@ from rlhf_cli.config.schema import (
     DatasetConfig,
     EvaluateConfig,
     SamplerConfig,
+    SplitConfig,
     SurveyConfig,
-    TextConfig,
 )
 from rlhf_cli.data import load
 from rlhf_cli.data.encode import encode_pairs, encode_prompt, encode_response, fit_to_context
@@ -34,11 +34,11 @@ from rlhf_cli.measure.pairs import PairMeasure
 from rlhf_cli.measure.sampled import SampledMeasure
 from rlhf_cli.measure.samples import Sampling
 from rlhf_cli.models.folders import fingerprint
-from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
+from rlhf_cli.models.policy import load_tokenizer
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.reward import CENTRE_FILE, Reward
 from rlhf_cli.stages import provide
-from rlhf_cli.stages.reward_reading import read_reward
+from rlhf_cli.stages.role_models import RoleModels, read_models, training_models
 from rlhf_cli.stages.roles import Roles
 from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import resolve_device
@@ -56,8 +56,7 @@ class Workspace:
         roles: where reference and reward models lie.
         data: rows that fit the context.
         tokenizer: of policy and reference.
-        reference: the frozen policy that others are measured beside.
-        reward: centred rewards of token ids.
+        models: what is in memory: reference, reward, and the policy where it is to be trained.
         exact: None on free text.
         sampled: what is followed while training.
         questions: number of the question that each of them words, (P,); None on free text.
@@ -74,8 +73,7 @@ class Workspace:
     data: PreferenceData
     tokenizer: Any
     tree: PrefixTree | None
-    reference: Any
-    reward: Reward
+    models: RoleModels
     exact: ExactMeasure | None
     sampled: SampledMeasure
     pairs: PairMeasure
@@ -86,6 +84,16 @@ class Workspace:
     how: Sampling
     reward_id: str
     memo: Memo
+
+    @property
+    def reference(self) -> Any:
+        """Return the frozen policy that others are measured beside."""
+        return self.models.reference
+
+    @property
+    def reward(self) -> Reward:
+        """Return the centred rewards of token ids."""
+        return self.models.reward
 
     def metrics_while_training(self, policy: Any) -> dict[str, float]:
         """Return the metrics that are cheap enough to follow as a curve."""
@@ -109,8 +117,8 @@ class Workspace:
         )  # fmt: skip
 
 
-def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
-    """Return the workspace of `cfg` with the models in `roles`.
+def prepare(cfg: AlignConfig, roles: Roles, *, training: bool = False) -> Workspace:
+    """Return the workspace of `cfg` with the models in `roles`, with a policy to be trained where `training`.
 
     Raises:
         RunError: prompt and response may be longer than the reference can read, or it does not know their words.
@@ -121,9 +129,9 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
     algorithm = algos.get(cfg.algo.name)
     if not _has_optimum(cfg, algorithm):
         algorithm = replace(algorithm, has_optimum=False)
-    reference = freeze(load_policy(roles.reference, device))
+    models = (training_models if training else read_models)(cfg, roles, data, tokenizer)
+    reference, reward = models.reference, models.reward
     require_context(reference, cfg.dataset, str(roles.reference))
-    reward = read_reward(cfg, data, tokenizer, roles.rewards, device)
     enumeration = _enumeration(data, tokenizer, device)
     tree = answer_tree(cfg.dataset, data, tokenizer, reference.config.vocab_size, device)
     temperature, sampler = cfg.generation.temperature, _sampler(cfg)
@@ -138,7 +146,7 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
         "reward": {"reward": rewarded},
         "reference": {"policy": fingerprint(roles.reference)},
     }
-    heldout: list[Any] = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
+    heldout: Any = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
     number = {question.prompt: question.index for question in data.questions}
     return Workspace(
         cfg=cfg,
@@ -148,8 +156,7 @@ def prepare(cfg: AlignConfig, roles: Roles) -> Workspace:
         data=data,
         tokenizer=tokenizer,
         tree=tree,
-        reference=reference,
-        reward=reward,
+        models=models,
         exact=ExactMeasure(
             enumeration,
             reference,
@@ -230,10 +237,14 @@ def _has_optimum(cfg: AlignConfig, algorithm: Algorithm) -> bool:
 
 def measured_prompts(cfg: CommandConfig, data: PreferenceData) -> tuple[list[str], int]:
     """Return the prompts that a policy is sampled on for its metrics, and how many samples each gets."""
-    if isinstance(cfg.dataset, TextConfig):
-        unique = list(dict.fromkeys(pair.prompt for pair in data.heldout_pairs))
-        return unique[: cfg.dataset.eval_prompts], cfg.dataset.eval_samples
-    return data.prompts, SURVEY_SAMPLES
+    if isinstance(cfg.dataset, SplitConfig):
+        unique: dict[str, None] = {}
+        for pair in data.heldout_pairs:  # not to the end: they may lie on disk
+            unique[pair.prompt] = None
+            if len(unique) == cfg.dataset.eval_prompts:
+                break
+        return list(unique), cfg.dataset.eval_samples
+    return list(data.prompts), SURVEY_SAMPLES
 
 
 def _enumeration(data: PreferenceData, tokenizer: Any, device: str) -> Enumeration | None:

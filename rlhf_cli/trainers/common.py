@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.adapters import CHECKPOINTING, save_model
 from rlhf_cli.run import latest_checkpoint, mark_complete
 
+TRL_REFERENCE = "ref"  # name of the adapter that TRL adds
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -28,7 +34,22 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def training_arguments(block: StageTraining, *, folder: Path, seed: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Computing:
+    """How a trainer computes.
+
+    Args:
+        device: cpu or cuda.
+        bf16: forward and backward in bfloat16 by autocast; weights that are trained stay float32.
+        gradient_checkpointing: activations are computed again in the backward pass.
+    """
+
+    device: str
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+def training_arguments(block: StageTraining, *, folder: Path, seed: int, computing: Computing) -> dict[str, Any]:
     """Return the keyword arguments of a TRL config for one stage.
 
     TRL's own defaults (bf16, gradient checkpointing) fail or slow down on a CPU and are set explicitly.
@@ -51,18 +72,42 @@ def training_arguments(block: StageTraining, *, folder: Path, seed: int, device:
         "save_total_limit": 2,
         "seed": seed,
         "data_seed": seed,
-        "use_cpu": device == "cpu",
-        "bf16": False,
-        "gradient_checkpointing": False,
+        "use_cpu": computing.device == "cpu",
+        "bf16": computing.bf16,
+        "gradient_checkpointing": computing.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": CHECKPOINTING if computing.gradient_checkpointing else None,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": device != "cpu",
+        "dataloader_pin_memory": computing.device != "cpu",
         "report_to": [],
         "disable_tqdm": True,
     }
 
 
+@contextmanager
+def reading(model: Any) -> Iterator[None]:
+    """Within it, `model` is in evaluation mode: where activations are computed again, sampling has no cache else."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class WholeCheckpoints:
-    """Mixin: a checkpoint counts once everything in it is written; no model card is written into it."""
+    """Mixin: a checkpoint counts once everything in it is written; no model card is written into it.
+
+    Of a policy with several adapters in it, the one that is trained is written: loading others would freeze them.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self.model, PeftModel):  # type: ignore[attr-defined]
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+        save_model(self.model, folder)  # type: ignore[attr-defined]
+        self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         Trainer._save_checkpoint(self, model, trial)  # type: ignore[arg-type]
@@ -108,7 +153,7 @@ class Reporter(TrainerCallback):
                 self.bar.set_postfix(shown)
 
     def _require_finite(self, model: Any, step: int) -> None:
-        totals = torch.stack([parameter.detach().sum() for parameter in model.parameters()])
+        totals = torch.stack([weight.detach().sum() for weight in model.parameters() if weight.requires_grad])
         if not bool(totals.isfinite().all()):
             raise RunError(
                 f"{self.title} diverged: after step {step} its weights are not finite",
@@ -155,6 +200,21 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
             "lower the batch size or add data",
         )
     return trainer.state.global_step
+
+
+def without_reference_adapter(trainer: Any) -> None:
+    """Take out the copy of the adapter that TRL adds to a policy as its reference: ours is the base without any.
+
+    And bring back adapters in float32, which TRL casts to bfloat16 over a quantised base.
+    """
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        return
+    if TRL_REFERENCE in model.peft_config:
+        model.delete_adapter(TRL_REFERENCE)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def _adopt_finished(trainer: Any, checkpoint: Path) -> bool:

@@ -7,7 +7,6 @@ value loss. The private methods overridden here are named once, in tests/test_tr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,41 +17,24 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_cli.algos import ppo
-from rlhf_cli.algos.base import Algorithm, masked_sum
-from rlhf_cli.config.schema import GenerationConfig, OnlineAlgoConfig, OnlineTraining
+from rlhf_cli.algos.base import masked_sum
+from rlhf_cli.config.schema import OnlineTraining
 from rlhf_cli.models import logps
-from rlhf_cli.models.prefix_tree import PrefixTree
-from rlhf_cli.models.reward import Critic, Reward
 from rlhf_cli.models.sampling import sample
 from rlhf_cli.models.tokens import TokenBatch, collate
-from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
+from rlhf_cli.trainers.common import (
+    Computing,
+    WholeCheckpoints,
+    reading,
+    training_arguments,
+    without_reference_adapter,
+)
+from rlhf_cli.trainers.critic import CriticTraining
+from rlhf_cli.trainers.parts import OnlineParts
+from rlhf_cli.trainers.schedule import prompt_schedule, updates
 
 CRITIC_FILE = "critic.pt"
 ROLLOUT_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")
-
-
-@dataclass(frozen=True)
-class OnlineParts:
-    """What an on-policy run is made of besides the policy.
-
-    Args:
-        algorithm, algo: the record and its settings.
-        reward: scores token ids, centred, nats.
-        reward_clip: bound on |reward|, or None.
-        reference: frozen causal language model.
-        critic: state values; None with the leave-one-out baseline.
-        generation: how responses are sampled and log-probs read.
-        tree: closed vocabulary, or None.
-    """
-
-    algorithm: Algorithm
-    algo: OnlineAlgoConfig
-    reward: Reward
-    reward_clip: float | None
-    reference: Any
-    critic: Critic | None
-    generation: GenerationConfig
-    tree: PrefixTree | None
 
 
 class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
@@ -64,14 +46,12 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         self.cost_weight = parts.algo.beta  # RLOOTrainer.beta is 0: TRL must not load a reference of its own
         rows = cast(Dataset, self.train_dataset)
         self.prompt_ids = dict(zip(rows["prompt"], rows["prompt_ids"], strict=True))
-        self.reference = self.accelerator.prepare_model(parts.reference, evaluation_mode=True)
-        self.critic, self.critic_optimizer = None, None
-        if parts.critic is not None:
-            self.critic = self.accelerator.prepare_model(parts.critic)
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.critic_optimizer = torch.optim.AdamW(
-                self.critic.parameters(), lr=block.critic_learning_rate, betas=betas, weight_decay=block.weight_decay
-            )
+        without_reference_adapter(self)
+        self.reference = parts.reference
+        if isinstance(parts.reference, torch.nn.Module):  # else the policy without its adapter
+            self.reference = self.accelerator.prepare_model(parts.reference, evaluation_mode=True)
+        self.critic = None if parts.critic is None else self.accelerator.prepare_model(parts.critic)
+        self.critic_training = None if parts.critic is None else CriticTraining(parts.critic, block, self.args)
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -82,16 +62,17 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         generation = self.parts.generation
         if generation.sampler == "generate" or self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-        return sample(
-            self.accelerator.unwrap_model(self.model),
-            prompt_ids,
-            max_new_tokens=cast(int, self.max_completion_length),
-            temperature=generation.temperature,
-            top_p=generation.top_p,
-            eos_ids=self.eos_token_ids,
-            pad_id=self._tokenizer.pad_token_id,
-            tree=self.parts.tree,
-        )
+        with reading(self.model):
+            return sample(
+                self.accelerator.unwrap_model(self.model),
+                prompt_ids,
+                max_new_tokens=cast(int, self.max_completion_length),
+                temperature=generation.temperature,
+                top_p=generation.top_p,
+                eos_ids=self.eos_token_ids,
+                pad_id=self._tokenizer.pad_token_id,
+                tree=self.parts.tree,
+            )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         return self.parts.reward([row["prompt_ids"] for row in inputs], completion_ids_list).unsqueeze(-1)
@@ -116,11 +97,11 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
     @torch.no_grad()
     def _read_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return policy and reference log-probs of the sampled tokens, (B, T) each; note exact KL and entropy."""
-        reading: logps.Reading = {"temperature": self.parts.generation.temperature, "tree": self.parts.tree}
+        how: logps.Reading = {"temperature": self.parts.generation.temperature, "tree": self.parts.tree}
         policy_tokens, ref_tokens, divergences, entropies = [], [], [], []
         for piece in batch.slices(self.args.per_device_train_batch_size):
-            policy = logps.vocabulary_logps(self.model, piece, **reading)
-            reference = logps.vocabulary_logps(self.reference, piece, **reading)
+            policy = logps.vocabulary_logps(self.model, piece, **how)
+            reference = logps.vocabulary_logps(self.reference, piece, **how)
             policy_tokens.append(logps.gather_logps(policy, piece.response_ids))
             ref_tokens.append(logps.gather_logps(reference, piece.response_ids))
             divergences.append(logps.kl(policy, reference))
@@ -220,30 +201,28 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         for key, value in metrics.items():
             self._metrics["train"][key].append(float(value.detach() if isinstance(value, Tensor) else value))
 
-    # -- the critic's optimizer: stepped, saved and loaded with the policy's ------------------------------------------
+    # -- the critic beside the policy ---------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss of a micro-batch after its backward pass."""
+        loss = super().training_step(*args, **kwargs)
+        if self.critic_training is not None:
+            self.critic_training.hold_gradients()
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.critic_optimizer is not None:
-            optimizer.register_step_post_hook(self._step_critic)
+        """Return the policy's optimizer, which steps the critic's after itself."""
+        if self.critic_training is None:
+            return super().create_optimizer(*args, **kwargs)
+        with self.critic_training.left_out():
+            optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.register_step_post_hook(self.critic_training.step)
         return optimizer
-
-    def _step_critic(self, optimizer: Any, *_: Any) -> None:
-        assert self.critic is not None
-        assert self.critic_optimizer is not None
-        schedule = optimizer.param_groups[0]["lr"] / self.args.learning_rate
-        self.critic_optimizer.param_groups[0]["lr"] = self.block.critic_learning_rate * schedule
-        torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.args.max_grad_norm)
-        self.critic_optimizer.step()
-        self.critic_optimizer.zero_grad()
 
     def save_extra(self, folder: Path) -> None:
         """Write critic, its optimizer and the cost weight into a checkpoint."""
-        state: dict[str, Any] = {"cost_weight": self.cost_weight}
-        if self.critic is not None and self.critic_optimizer is not None:
-            critic = self.accelerator.unwrap_model(self.critic)
-            state |= {"critic": critic.state_dict(), "optimizer": self.critic_optimizer.state_dict()}
-        torch.save(state, folder / CRITIC_FILE)
+        critic = {} if self.critic_training is None else self.critic_training.state()
+        torch.save({"cost_weight": self.cost_weight, **critic}, folder / CRITIC_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,22 +230,8 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
             return
         state = torch.load(Path(checkpoint) / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
         self.cost_weight = state["cost_weight"]
-        if self.critic is not None and self.critic_optimizer is not None:
-            self.accelerator.unwrap_model(self.critic).load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["optimizer"])
-
-
-def prompt_schedule(prompts: list[dict], *, per_update: int, updates: int, seed: int) -> list[dict]:
-    """Return the prompts of every update in order: passes over all prompts, each in a fresh order.
-
-    Laid out in advance, the order does not depend on where a run was interrupted, and fewer prompts than one batch
-    needs repeat instead of training nothing.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < per_update * updates:
-        order += torch.randperm(len(prompts), generator=generator).tolist()
-    return [prompts[index] for index in order[: per_update * updates]]
+        if self.critic_training is not None:
+            self.critic_training.load(state)
 
 
 def online_trainer(
@@ -279,30 +244,28 @@ def online_trainer(
     max_completion_tokens: int,
     folder: Path,
     seed: int,
-    device: str,
+    computing: Computing,
 ) -> OnlineTrainer:
     """Return a trainer that aligns `policy` on-policy.
 
     Args:
         parts: algorithm, reward, reference, critic, sampling.
-        policy: causal language model.
+        policy: causal language model, with an adapter or without.
         tokenizer: its tokenizer.
         prompts: {"prompt", "prompt_ids"}.
         block: optimisation settings; batch_size counts rollouts per optimizer step.
         max_completion_tokens: responses are cut here.
         folder: checkpoints go here.
         seed: prompt order and sampling.
-        device: cpu or cuda.
+        computing: device and precision.
     """
     algo = parts.algo
-    steps_per_update = algo.ppo_epochs * algo.minibatches
-    per_update = block.batch_size * algo.minibatches // algo.num_generations
-    updates = -(-block.max_steps // steps_per_update) if block.max_steps else _updates(block, len(prompts), per_update)
-    arguments = training_arguments(block, folder=folder, seed=seed, device=device)
+    plan = updates(algo, block, len(prompts))
+    arguments = training_arguments(block, folder=folder, seed=seed, computing=computing)
     arguments.pop("num_train_epochs", None)
     arguments |= {
-        "max_steps": updates * steps_per_update,
-        "save_steps": -(-block.save_every_steps // steps_per_update) * steps_per_update,  # whole rollouts only
+        "max_steps": plan.number * plan.steps,
+        "save_steps": -(-block.save_every_steps // plan.steps) * plan.steps,  # whole rollouts only
     }
     args = RLOOConfig(
         **arguments,
@@ -318,11 +281,7 @@ def online_trainer(
         shuffle_dataset=False,
     )
     args.num_generations = algo.num_generations  # 1 is right with a critic; RLOOConfig's own check refuses it
-    rows = prompt_schedule(prompts, per_update=per_update, updates=updates, seed=seed)
+    rows = prompt_schedule(prompts, per_update=plan.prompts, updates=plan.number, seed=seed)
     return OnlineTrainer(
         parts, block, model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-
-
-def _updates(block: OnlineTraining, prompts: int, per_update: int) -> int:
-    return max(1, round((block.epochs or 1) * prompts / per_update))

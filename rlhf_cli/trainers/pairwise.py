@@ -12,11 +12,12 @@ from trl import DPOConfig, DPOTrainer
 from rlhf_cli.algos.base import Algorithm, PairLogps
 from rlhf_cli.config.schema import AlgoConfig, StageTraining
 from rlhf_cli.errors import ConfigError
+from rlhf_cli.models.adapters import WithoutAdapter
 from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.tokens import TokenBatch, collate
 from rlhf_cli.rewards.pcrm import bound_loss
-from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
+from rlhf_cli.trainers.common import Computing, WholeCheckpoints, training_arguments, without_reference_adapter
 
 
 class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
@@ -27,6 +28,7 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
 
     algorithm: Algorithm
     algo: AlgoConfig
+    reference: Any
     temperature: float
     tree: PrefixTree | None
 
@@ -38,7 +40,7 @@ class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
         batch = TokenBatch(**inputs)
         logps = token_logps(model, batch, temperature=self.temperature, tree=self.tree)
         with torch.no_grad():
-            ref_logps = token_logps(self.ref_model, batch, temperature=self.temperature, tree=self.tree)
+            ref_logps = token_logps(self.reference, batch, temperature=self.temperature, tree=self.tree)
         sides = [tensor.chunk(2) for tensor in (logps, ref_logps, batch.response_mask)]
         (chosen, rejected), (ref_chosen, ref_rejected), (chosen_mask, rejected_mask) = sides
         pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask)
@@ -100,20 +102,21 @@ def pairwise_trainer(
     policy: Any,
     reference: Any,
     tokenizer: Any,
-    pairs: list[dict],
+    pairs: list[dict] | Dataset,
     block: StageTraining,
     *,
     temperature: float,
     tree: PrefixTree | None,
     folder: Path,
     seed: int,
-    device: str,
+    computing: Computing,
 ) -> PairwiseTrainer:
     """Return a trainer of `algorithm` on pairs.
 
     Args:
         algorithm, algo: the record and its settings.
-        policy, reference: causal language models; the reference is frozen.
+        policy: causal language model, with an adapter or without.
+        reference: a frozen one, or the policy without its adapter.
         tokenizer: of both.
         pairs: {"prompt_ids", "chosen_ids", "rejected_ids"}, responses with end-of-sequence; with "bound" (delta*,
             nats) in every row or in none.
@@ -121,17 +124,20 @@ def pairwise_trainer(
         temperature, tree: how log-probs are read.
         folder: checkpoints go here.
         seed: batch order.
-        device: cpu or cuda.
+        computing: device and precision.
     """
-    args = DPOConfig(**training_arguments(block, folder=folder, seed=seed, device=device), max_length=None)
+    args = DPOConfig(**training_arguments(block, folder=folder, seed=seed, computing=computing), max_length=None)
+    view = isinstance(reference, WithoutAdapter)  # TRL takes no such thing, and makes an adapter of its own
     trainer = PairwiseTrainer(
         policy,
-        reference,
+        None if view else reference,
         args,
         data_collator=PairCollator(tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=pairs if isinstance(pairs, Dataset) else Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
+    without_reference_adapter(trainer)
+    trainer.reference = reference if view else trainer.ref_model
     trainer.algorithm, trainer.algo = algorithm, algo
     trainer.temperature, trainer.tree = temperature, tree
     return trainer

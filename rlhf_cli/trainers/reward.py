@@ -11,10 +11,11 @@ from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_cli.config.schema import StageTraining, TrainedRewardConfig
+from rlhf_cli.models.adapters import plain
 from rlhf_cli.models.reward import last_values, token_values
 from rlhf_cli.models.tokens import TokenBatch, collate, shared_prefix
 from rlhf_cli.rewards.base import PairScores, RewardLoss, centering_penalty, pair_loss
-from rlhf_cli.trainers.common import WholeCheckpoints, training_arguments
+from rlhf_cli.trainers.common import Computing, WholeCheckpoints, training_arguments, without_reference_adapter
 
 COLUMNS = ("label", "margin", "bound")
 
@@ -33,7 +34,7 @@ class LossRewardTrainer(WholeCheckpoints, RewardTrainer):
     ) -> Any:
         counts, columns = inputs.pop("counts"), {name: inputs.pop(name) for name in COLUMNS}
         batch = TokenBatch(**inputs)
-        values = token_values(model, batch)
+        values = token_values(plain(model), batch)
         scores = last_values(values, batch)
         best = counts.cumsum(0) - counts  # row of each judgement's best response
         chosen, rejected = scores[best], scores[best + 1]
@@ -113,34 +114,35 @@ class JudgementCollator:
 def reward_trainer(
     model: Any,
     tokenizer: Any,
-    rows: list[dict],
+    rows: list[dict] | Dataset,
     loss: RewardLoss,
     reward: TrainedRewardConfig,
     block: StageTraining,
     *,
     folder: Path,
     seed: int,
-    device: str,
+    computing: Computing,
 ) -> LossRewardTrainer:
     """Return a trainer of `loss` on judgements.
 
     Args:
-        model: sequence classifier with one output.
+        model: sequence classifier with one output, with an adapter or without.
         tokenizer: its tokenizer; its padding token differs from end-of-sequence.
         rows: {"prompt_ids", "response_ids": two or more, best first, with end-of-sequence, "label", "margin", "bound"}.
         loss, reward: the record and its settings.
         block: optimisation settings.
         folder: checkpoints go here.
         seed: batch order.
-        device: cpu or cuda.
+        computing: device and precision.
     """
-    args = RewardConfig(**training_arguments(block, folder=folder, seed=seed, device=device), max_length=None)
+    args = RewardConfig(**training_arguments(block, folder=folder, seed=seed, computing=computing), max_length=None)
     trainer = LossRewardTrainer(
         model,
         args,
         data_collator=JudgementCollator(tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    without_reference_adapter(trainer)
     trainer.reward_loss, trainer.reward = loss, reward
     return trainer

@@ -74,7 +74,8 @@ def sft_folder(store: Path, run_dir: Path) -> Path:
     asked = read_json(run_dir / "manifest.json")["identity"]
     for folder in (store / "sft").iterdir():
         kept = read_json(folder / "identity.json")
-        same = [kept["seed"] == asked["seed"], kept["model"] == asked["model"], kept["sft"] == asked["trainer"]["sft"]]
+        same = [kept["seed"] == asked["seed"], kept["sft"] == asked["trainer"]["sft"]]
+        same.append(kept["model"].items() <= asked["model"].items())
         if all(same) and kept["dataset"].items() <= asked["dataset"].items():
             return folder
     raise AssertionError(f"no SFT policy of {run_dir} in {store}")

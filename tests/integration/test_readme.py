@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import Result
 
-from rlhf_cli import cli, rewards
+from rlhf_cli import cli, cli_help, rewards
 from rlhf_cli.config import compose, sweeps
 from rlhf_cli.config.catalog import Catalog
+from rlhf_cli.config.inputs import PreferencesConfig
+from rlhf_cli.data.preference_row import read_preference
 from rlhf_cli.data.rows import Pair, Ranking
-from rlhf_cli.data.text_row import read_row
 from rlhf_cli.rewards.base import PairScores, pair_loss
 from rlhf_cli.store import write_json
 
@@ -62,7 +63,7 @@ def own_files() -> dict[str, str]:
 
 
 def starting(word: str) -> list[str]:
-    examples = [example for group in cli.EXAMPLES.values() for example in group]
+    examples = [example for group in cli_help.EXAMPLES.values() for example in group]
     found = dict.fromkeys(line for line in [*commands(), *inline_commands(), *examples] if line.split()[0] == word)
     return [line for line in found if "COMMAND" not in line]
 
@@ -139,7 +140,9 @@ def test_the_loss_of_the_page_is_what_its_docstring_says(tmp_path: Path) -> None
 
 def test_the_rows_of_the_page_are_read() -> None:
     pairs, rankings = ([json.loads(line) for line in block.splitlines()] for block in blocks("json", REWARD_MODELS))
-    found = [read_row(row, "preferences", where="here") for row in pairs]
+    dataset = compose.load("train-rm", ["dataset=preferences", "dataset.path=FILE"]).dataset
+    assert isinstance(dataset, PreferencesConfig)
+    found = [read_preference(row, dataset.columns, where="here") for row in pairs]
     assert [(pair.label, pair.margin) for pair in found if isinstance(pair, Pair)] == [(1, 0), (0.7, 0), (1, 1.5)]
-    ranked = [read_row(row, "preferences", where="here") for row in rankings]
+    ranked = [read_preference(row, dataset.columns, where="here") for row in rankings]
     assert [len(row.responses) for row in ranked if isinstance(row, Ranking)] == [3, 2, 4]

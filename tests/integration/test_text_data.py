@@ -113,7 +113,8 @@ def test_prior_constraints_on_text(rlhf: Rlhf, dataset: list[str]) -> None:
 def test_data_counts_the_rows(rlhf: Rlhf, dataset: list[str]) -> None:
     result = rlhf("data", *dataset)
     assert result.exit_code == 0, result.output
-    counts = {name: int(count) for count, name in (line.split(maxsplit=1) for line in result.stdout.splitlines())}
+    rows = [line.split(maxsplit=1) for line in result.stdout.splitlines() if line.lstrip()[:1].isdigit()]
+    counts = {name: int(count) for count, name in rows}
     assert sum(counts[name] for name in ("demonstrations", "reward_pairs", "policy_pairs", "heldout_pairs")) == 80
 
 
@@ -122,3 +123,18 @@ def test_a_dataset_named_as_the_other_form_is_recognised(rlhf: Rlhf) -> None:
     result = rlhf("data", "dataset=hh_rlhf", "dataset.path=rows.jsonl")
     assert result.exit_code == 2
     assert "these rows look like dataset=preferences" in result.stderr
+
+
+def test_a_mixture_of_forms_goes_through_alignment(rlhf: Rlhf) -> None:
+    def turns(row: dict[str, str], side: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+
+    plain, asked = rows()[:40], rows()[40 : 80 - LONG]
+    write_lines(Path("plain.jsonl"), plain)
+    write_lines(Path("asked.jsonl"), [{side: turns(row, side) for side in ("chosen", "rejected")} for row in asked])
+    mixture = [*TEXT, "dataset=mixture", "dataset.parts=[plain.jsonl,asked.jsonl]", "trainer.pairwise.batch_size=4"]
+    result = rlhf("align", *SMALL, *mixture, "algo=dpo", "run_dir=dpo", "store_dir=store")
+    assert result.exit_code == 0, result.output
+    assert 2 <= finite("dpo")["pool/size"] <= 10
+    prompts = {line["prompt"] for line in read_lines(Path("dpo/completions.jsonl"))}
+    assert {prompt.startswith("\n\nHuman: What") for prompt in prompts} == {True, False}

@@ -149,7 +149,7 @@ REFUSED = {
     "algo.alpha=2": r"algo\.alpha=2.* It must be > 0 and <= 1",
     "algo.beta=inf": "not a finite number",
     "algo.gamma=nan": "not a finite number",
-    "trainer.sft.max_steps=-3": "must be >= 1",
+    "trainer.sft.max_steps=-3": "must be >= 0",
     "device=gpu": "device=gpu .* is not a choice",
     "algo.advantage=rlo": "nearest choice is rloo",
     # rules between keys

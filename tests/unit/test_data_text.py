@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_cli.config.schema import TextConfig
+from rlhf_cli.config.inputs import PairColumns, PreferencesConfig, TextConfig
 from rlhf_cli.data.rows import Pair, PreferenceData
 from rlhf_cli.data.text import load_text
 from rlhf_cli.errors import ConfigError, DataError
@@ -16,18 +16,14 @@ Row = dict[str, object]
 
 
 def config(path: Path | str | None, source: str = "preferences") -> TextConfig:
-    return TextConfig(
-        source=source,
-        path=None if path is None else str(path),
-        max_prompt_tokens=64,
-        max_completion_tokens=16,
-        split_seed=0,
-        sft_fraction=0.2,
-        rm_fraction=0.4,
-        heldout_fraction=0.1,
-        eval_prompts=4,
-        eval_samples=2,
-    )
+    values = {"source": source, "path": None if path is None else str(path), "subset": None, "revision": None}
+    values |= {"split": "train", "max_rows": None, "streaming": False, "eval_prompts": 4, "eval_samples": 2}
+    values |= {"max_prompt_tokens": 64, "max_completion_tokens": 16, "split_seed": 0}
+    values |= {"sft_fraction": 0.2, "rm_fraction": 0.4, "heldout_fraction": 0.1}
+    if source == "hh_rlhf":
+        return TextConfig(**values)
+    names = ("prompt", "chosen", "rejected", "label", "margin", "responses")
+    return PreferencesConfig(**values, columns=PairColumns(**{name: name for name in names}))
 
 
 def write(path: Path, rows: list[Row]) -> Path:
@@ -178,8 +174,9 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
         load_text(config(tmp_path / "harmles.jsonl.gz"))
     with pytest.raises(DataError, match="there is no folder .*nowhere"):
         load_text(config(tmp_path / "nowhere" / "rows.jsonl"))
-    with pytest.raises(DataError, match="is a folder"):
-        load_text(config(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty is a folder without data files\. read are \.jsonl"):
+        load_text(config(tmp_path / "empty"))
     with pytest.raises(DataError, match="dataset.path is not set"):
         load_text(config(None))
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
+from rlhf_cli.config.schema import ModelConfig
 from rlhf_cli.errors import RunError
 from rlhf_cli.models import folders
-from rlhf_cli.models.folders import fingerprint, has_tokenizer, is_reward_model, model_folder
+from rlhf_cli.models.folders import (
+    base_folder,
+    base_identity,
+    fingerprint,
+    has_tokenizer,
+    is_reward_model,
+    model_folder,
+)
 
 REWARD_MODEL = {"architectures": ["OPTForSequenceClassification"]}
 
@@ -127,6 +136,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Exception 
                 raise error
             return str(tmp_path / "snapshot")
 
+        (tmp_path / "snapshot").mkdir()
+        (tmp_path / "snapshot" / "model.safetensors").touch()
+        monkeypatch.setattr("rlhf_cli.hub.reachable", lambda: True)
+        monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["model.safetensors"])
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         return asked
 
@@ -168,28 +181,50 @@ class RemoteProtocolError(Exception):
     """As of the library beneath the Hub's: a download that breaks off raises it."""
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (LocalEntryNotFoundError("nothing in the cache\nand a long story"), "nothing in the cache"),
-        (OSError("disk full"), "disk full"),
-        (ValueError(), "ValueError"),
-        (RemoteProtocolError("peer closed connection"), "peer closed connection"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
-)
-def test_a_model_that_cannot_be_reached_is_one_line(
-    hub: Callable[..., list[str]], error: Exception, reason: str
-) -> None:
-    hub(error)
-    expected = f"^reference=org/model is neither a folder nor a model that can be reached. {reason}. check the name"
-    with pytest.raises(RunError, match=expected) as raised:
+def test_a_download_that_breaks_off_is_one_line(hub: Callable[[Exception | None], list[str]]) -> None:
+    hub(RemoteProtocolError("peer closed connection\nand a long story"))
+    expected = "^reference=org/model could not be fetched. peer closed connection. try again, or set reference=FOLDER.$"
+    with pytest.raises(RunError, match=expected):
         model_folder("reference", "org/model")
-    assert "\n" not in str(raised.value)
 
 
-def test_without_a_network_the_cache_is_all_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RunError, match="policy=nobody/has-this is neither a folder nor a model that can be reached"):
-        model_folder("policy", "nobody/has-this")
+# -- bases -------------------------------------------------------------------------------------------------------------
+
+
+def base(**changes: str | None) -> ModelConfig:
+    """Return the config of a model to load; only its places matter here."""
+    return SimpleNamespace(**{"path": None, "reward_path": None, **changes})  # type: ignore[return-value]
+
+
+def test_the_base_of_a_reward_model_may_be_another(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    both = base(path=str(tmp_path / "a"), reward_path=str(tmp_path / "b"))
+    assert base_folder(both) == tmp_path / "a"
+    assert base_folder(both, reward=True) == tmp_path / "b"
+    assert base_folder(base(path=str(tmp_path / "a")), reward=True) == tmp_path / "a"
+    with pytest.raises(RunError, match="^model.reward_path=./c is not a folder"):
+        base_folder(base(path=str(tmp_path / "a"), reward_path="./c"), reward=True)
+    with pytest.raises(ValueError, match="this model is made from sizes"):
+        base_folder(base())
+
+
+def test_a_snapshot_is_known_by_its_commit_wherever_the_cache_lies(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for cache in ("one", "two"):
+        snapshot = tmp_path / cache / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(cache)
+        assert base_identity(snapshot) == commit
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_local_base_edited_in_place_is_another(folder: Path, name: str) -> None:
+    (folder / name).write_text("a")
+    before = base_identity(folder)
+    assert base_identity(folder) == before
+    (folder / "README.md").write_text("notes")
+    assert base_identity(folder) == before
+    (folder / name).write_text("b")
+    os.utime(folder / name, ns=(1, 1))
+    assert base_identity(folder) != before

@@ -12,7 +12,6 @@ from tiny_models import BOS, CONFIG, EOS, PAD, TOKENIZER, VOCAB, tiny_policy
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from rlhf_cli.data.tokenizer import word_tokenizer
 from rlhf_cli.errors import RunError
 from rlhf_cli.models import logps
 from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer, make_policy
@@ -211,14 +210,3 @@ def test_a_folder_without_a_model_or_tokenizer_is_refused(tmp_path: Path) -> Non
         load_policy(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"no tokenizer could be opened in .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
-
-
-def test_a_tokenizer_whose_padding_is_end_of_sequence_is_refused(tmp_path: Path) -> None:
-    TOKENIZER.save_pretrained(tmp_path / "good")
-    assert load_tokenizer(tmp_path / "good").get_vocab() == TOKENIZER.get_vocab()
-    tokenizer = word_tokenizer(["a"])
-    for padding in (tokenizer.eos_token, None):
-        tokenizer.pad_token = padding
-        tokenizer.save_pretrained(tmp_path / "bad")
-        with pytest.raises(RunError, match="give it a padding token of its own"):
-            load_tokenizer(tmp_path / "bad")

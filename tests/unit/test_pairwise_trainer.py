@@ -18,6 +18,7 @@ from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.tokens import collate
+from rlhf_cli.trainers.common import Computing
 from rlhf_cli.trainers.pairwise import PairCollator, PairwiseTrainer, pairwise_trainer
 
 Make = Callable[..., PairwiseTrainer]
@@ -48,7 +49,7 @@ def make(tmp_path: Path) -> Make:
         settings: Any = SimpleNamespace(**SETTINGS.get(algorithm.name, {}))
         return pairwise_trainer(
             algorithm, settings, tiny_policy(1).train(), tiny_policy(0), TOKENIZER, rows, block, temperature=1.0,
-            tree=None, folder=tmp_path, seed=0, device="cpu",
+            tree=None, folder=tmp_path, seed=0, computing=Computing("cpu"),
         )  # fmt: skip
 
     return trainer

@@ -44,7 +44,8 @@ RESPONSES = [encode_response(TOKENIZER, response) for _, response in TEXTS]
 
 def config(max_completion_tokens: int = 8, calibration: str = "none") -> Any:
     dataset = SimpleNamespace(max_prompt_tokens=8, max_completion_tokens=max_completion_tokens)
-    return SimpleNamespace(reward=SimpleNamespace(calibration=calibration), dataset=dataset)
+    model = SimpleNamespace(dtype="float32", attention="auto")
+    return SimpleNamespace(reward=SimpleNamespace(calibration=calibration), dataset=dataset, model=model)
 
 
 def foreign(folder: Path, tokenizer: PreTrainedTokenizerBase = OWN, positions: int = 64) -> Path:
@@ -130,8 +131,7 @@ def test_a_tokenizer_without_padding_of_its_own_is_good_enough_to_read(tmp_path:
     tokenizer = deepcopy(OWN)
     tokenizer.pad_token = pad
     tokenizer.save_pretrained(odd)
-    with pytest.raises(RunError, match="and rewards are read at the wrong token"):
-        load_tokenizer(odd)
+    assert load_tokenizer(odd).pad_token_id not in (None, OWN.eos_token_id), "training needs one of its own"
     assert torch.allclose(read(odd)(PROMPTS, RESPONSES), read(plain)(PROMPTS, RESPONSES), atol=1e-6)
 
 

@@ -17,6 +17,7 @@ from rlhf_cli import rewards
 from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.models.tokens import TokenBatch
 from rlhf_cli.trainers import reward as reward_trainers
+from rlhf_cli.trainers.common import Computing
 from rlhf_cli.trainers.reward import JudgementCollator, LossRewardTrainer, reward_trainer
 
 Make = Callable[..., LossRewardTrainer]
@@ -55,7 +56,7 @@ def make(tmp_path: Path) -> Make:
             log_every_steps=1, save_every_steps=1,
         )  # fmt: skip
         settings: Any = SimpleNamespace(**{**OPTIONS, **options})
-        places = {"folder": tmp_path / f"checkpoints-{micro_batch_size}", "seed": 0, "device": "cpu"}
+        places = {"folder": tmp_path / f"checkpoints-{micro_batch_size}", "seed": 0, "computing": Computing("cpu")}
         model = tiny_reward_model(tmp_path / "policy").train()
         return reward_trainer(model, TOKENIZER, rows, rewards.get(loss), settings, block, **places)
 

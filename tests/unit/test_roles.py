@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_there(given: str) -> None:
 
 
 def test_a_hub_name_out_of_reach() -> None:
-    with pytest.raises(RunError, match="^reward_model=nobody/has-this is neither a folder nor a model that can be"):
+    with pytest.raises(RunError, match="^reward_model=nobody/has-this( is not in the cache|: the Hub has no)"):
         reward_folder("nobody/has-this")
 
 

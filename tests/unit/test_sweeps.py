@@ -289,7 +289,7 @@ def test_cfg_job_prints_every_job_unless_a_sweeper_makes_them_up(rlhf: Rlhf, own
 
 def test_help_lists_sweeps_for_align_alone(rlhf: Rlhf, own: Write) -> None:
     listed = rlhf("align", "--help", "--config-dir", str(own(jobs=JOBS))).output
-    assert re.search(r"  sweep +mine, optuna, pm_grid, rpo \(with -m\)\n", listed)
+    assert re.search(r"  sweep +mine, optuna, pm_grid, pm_paper, rpo \(with -m\)\n", listed)
     assert "pm_grid" not in rlhf("train-rm", "--help").output
 
 

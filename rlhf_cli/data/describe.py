@@ -1,0 +1,54 @@
+"""What a dataset is, in a few lines: where its rows were found, how many there are of each kind, and one of them."""
+
+from __future__ import annotations
+
+from rlhf_cli.config.schema import MixtureConfig, SplitConfig, TextConfig
+from rlhf_cli.data import mixture, sources
+from rlhf_cli.data.rows import Pair, PreferenceData
+
+SPLITS = ("demonstrations", "reward_rankings", "reward_pairs", "policy_pairs", "prompts", "heldout_pairs")
+LINES, LETTERS = 8, 600  # of a text that is shown
+
+
+def describe(cfg: SplitConfig, data: PreferenceData) -> str:
+    """Return the dataset's name and places, the rows of each split, those left out by reason, and one pair.
+
+    Raises:
+        UserError: the data cannot be reached.
+    """
+    counts = {name: len(getattr(data, name)) for name in SPLITS if name != "reward_rankings" or data.reward_rankings}
+    counts |= {f"part: {name}": count for name, count in data.parts.items()}
+    counts |= {f"dropped: {name}": count for name, count in data.dropped.items()}
+    lines = [f"{cfg.name}", *(f"from {place}" for place in _places(cfg))]
+    lines += [f"{count:>8}  {name}" for name, count in counts.items()]
+    return "\n".join([*lines, "", *_shown(data.reward_pairs[0])])
+
+
+def _places(cfg: SplitConfig) -> list[str]:
+    parts = mixture.part_configs(cfg) if isinstance(cfg, MixtureConfig) else [cfg]
+    return [_place(part) for part in parts if isinstance(part, TextConfig)]
+
+
+def _place(cfg: TextConfig) -> str:
+    place = sources.find(cfg)
+    if place.path.is_file():
+        return place.name
+    which = f" {cfg.subset}," if cfg.subset is not None else ""
+    found = f" in {place.path}" if place.commit is not None else ""
+    return f"{place.name},{which} split {cfg.split}{found}"
+
+
+def _shown(pair: Pair) -> list[str]:
+    """Return the lines of a pair, its texts cut and indented."""
+    judged = {"label": (pair.label, 1.0), "margin": (pair.margin, 0.0)}
+    lines = []
+    for name in ("prompt", "chosen", "rejected"):
+        lines += [f"{name}:", *(f"  {line}" for line in cut(getattr(pair, name)))]
+    return lines + [f"{name}: {value:g}" for name, (value, usual) in judged.items() if value != usual]
+
+
+def cut(text: str) -> list[str]:
+    """Return the lines of a text, `LINES` and `LETTERS` at most, then how much is left out."""
+    shown = "\n".join(text[:LETTERS].strip("\n").split("\n")[:LINES])
+    rest = len(text.strip("\n")) - len(shown)
+    return [*shown.split("\n"), *([f"[{rest:,} letters more]"] if rest > 0 else [])]

@@ -1,0 +1,91 @@
+"""How weights are held: device, number format, attention; and opening a folder so, or one line on why it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.utils import is_flash_attn_2_available
+
+from rlhf_cli.config.schema import ModelConfig
+from rlhf_cli.errors import RunError
+
+REFUSALS = (OSError, ValueError, RuntimeError, SafetensorError)  # of transformers
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is opened.
+
+    Args:
+        device: cpu or cuda.
+        dtype: of its weights.
+        attention: implementation in transformers; auto: what it chooses.
+        quantization: a quantization config of transformers; None: weights as they are.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    attention: str = "auto"
+    quantization: Any = None
+
+    def trained(self) -> Loading:
+        """Return the same for weights that are trained: in float32, whatever the format of computation."""
+        return replace(self, dtype=torch.float32, quantization=None)
+
+
+def loading(model: ModelConfig, device: str) -> Loading:
+    """Return how frozen weights are held on `device`; auto is bfloat16 where the GPU computes in it, else float32.
+
+    Raises:
+        RunError: FlashAttention is asked for, and is not installed or cannot be used.
+    """
+    dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    if model.dtype == "auto" and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+        dtype = torch.bfloat16
+    if model.attention == "flash_attention_2":
+        why = None if is_flash_attn_2_available() else "the package flash-attn is not installed, or there is no GPU"
+        why = why or (None if dtype == torch.bfloat16 else "it computes in bfloat16, and model.dtype is float32")
+        if why:
+            raise RunError("model.attention=flash_attention_2 cannot be used", why, "set model.attention=sdpa")
+    return Loading(device, dtype, model.attention)
+
+
+def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[Any, list[str]]:
+    """Return the model in `path`, dropout off, and the names of the weights that its files lack.
+
+    Args:
+        kind: auto class of transformers, or a model's own.
+        path: model folder.
+        how: device, number format, attention.
+        settings: of its config, in place of what the folder says.
+
+    Raises:
+        OSError, ValueError, RuntimeError, SafetensorError: it cannot be opened; together they are `REFUSALS`.
+    """
+    config = without_dropout(AutoConfig.from_pretrained(path, **settings))
+    more: dict[str, Any] = {}
+    if how.attention != "auto":
+        more["attn_implementation"] = how.attention
+    if how.quantization is not None:
+        more |= {"quantization_config": how.quantization, "device_map": {"": how.device}}
+    model, info = kind.from_pretrained(path, config=config, dtype=how.dtype, output_loading_info=True, **more)
+    return (model if how.quantization is not None else model.to(how.device)), sorted(info["missing_keys"])
+
+
+def without_dropout(config: Any) -> Any:
+    """Return `config` with every dropout at 0, whatever its family calls it, before the layers copy it."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, or its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

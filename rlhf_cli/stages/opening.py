@@ -1,0 +1,56 @@
+"""How a stage opens models: number format and device, whole or with an adapter, from which base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_cli.config.schema import CommandConfig, LoraConfig
+from rlhf_cli.errors import ConfigError
+from rlhf_cli.models.adapters import with_adapter
+from rlhf_cli.models.folders import base_folder
+from rlhf_cli.models.loading import Loading, loading
+from rlhf_cli.models.quantisation import keep_trainable, quantised
+from rlhf_cli.trainers.common import Computing, resolve_device
+
+
+def frozen(cfg: CommandConfig) -> Loading:
+    """Return how models are opened that are only read."""
+    return loading(cfg.model, resolve_device(cfg.device))
+
+
+def trained(cfg: CommandConfig) -> Loading:
+    """Return how a model is opened that is to be trained: in float32, but the base of an adapter as frozen ones are."""
+    how = frozen(cfg)
+    return quantised(how, cfg.peft) if isinstance(cfg.peft, LoraConfig) else how.trained()
+
+
+def adapted(cfg: CommandConfig, model: Any, base: Path) -> Any:
+    """Return a model opened as `trained` says: with an adapter around it, or as it is where all weights are trained."""
+    return with_adapter(keep_trainable(model), cfg.peft, base=base) if isinstance(cfg.peft, LoraConfig) else model
+
+
+def computing(cfg: CommandConfig) -> Computing:
+    """Return how trainers compute: in the number format of frozen models."""
+    how = frozen(cfg)
+    bf16 = how.dtype is torch.bfloat16
+    return Computing(how.device, bf16=bf16, gradient_checkpointing=cfg.model.gradient_checkpointing)
+
+
+def reward_start(cfg: CommandConfig, sft: Path) -> Path:
+    """Return the folder of the model that the reward model starts from: the SFT policy, or a base.
+
+    Raises:
+        ConfigError: it is to start from the base of a policy that was made, not loaded.
+        RunError: the base is not within reach.
+    """
+    if cfg.model.reward_path is None and cfg.model.reward_start == "sft":
+        return sft / "model"
+    if cfg.model.reward_path is None and cfg.model.path is None:
+        raise ConfigError(
+            f"model.reward_start=base needs a base, and model={cfg.model.name} is made from nothing",
+            todo="Use model.reward_start=sft, or name one: model.reward_path=FOLDER",
+        )
+    return base_folder(cfg.model, reward=True)

@@ -1,0 +1,83 @@
+"""The critic beside a policy: its own optimizer, stepped, saved and loaded with the policy's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_cli.config.schema import OnlineTraining
+from rlhf_cli.models.reward import Critic
+from rlhf_cli.models.shared_base import RoleModel
+
+
+class CriticTraining:
+    """AdamW on the trained weights of a critic, with the schedule of the policy's learning rate.
+
+    Where policy and critic share one base, the critic's adapter lies in the policy's module, and the trainer's
+    optimizer, clipping and zeroing would take it for the policy's: its gradients are held here from each backward
+    pass to the step.
+
+    Args:
+        critic: state values.
+        block: learning rate and weight decay of the critic.
+        args: the policy trainer's arguments: betas, peak learning rate, clipping.
+    """
+
+    def __init__(self, critic: Critic, block: OnlineTraining, args: Any) -> None:
+        self.critic, self.block, self.args = critic, block, args
+        self.weights = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+        inside = critic.model.adapter_weights() if isinstance(critic.model, RoleModel) else {}
+        self.inside: dict[str, nn.Parameter] = inside
+        self.weights |= inside
+        self.held: dict[str, Tensor] = {}
+        self.optimizer = torch.optim.AdamW(
+            self.weights.values(),
+            lr=block.critic_learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=block.weight_decay,
+        )
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within it, what lies in the policy's module does not look trainable: its optimizer is made so."""
+        for weight in self.inside.values():
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in self.inside.values():
+                weight.requires_grad_(True)
+
+    def hold_gradients(self) -> None:
+        """Take the gradients of a backward pass out of the policy's module, added to those held before."""
+        for name, weight in self.inside.items():
+            if weight.grad is not None:
+                self.held[name] = weight.grad if name not in self.held else self.held[name] + weight.grad
+                weight.grad = None
+
+    def step(self, policy_optimizer: Any, *_: Any) -> None:
+        """Clip, step and zero: a hook that runs after each step of the policy's optimizer."""
+        for name, gradient in self.held.items():
+            self.inside[name].grad = gradient
+        self.held = {}
+        schedule = policy_optimizer.param_groups[0]["lr"] / self.args.learning_rate
+        self.optimizer.param_groups[0]["lr"] = self.block.critic_learning_rate * schedule
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the trained weights and the optimizer."""
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {"critic": weights, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for name, weight in self.weights.items():
+            weight.copy_(state["critic"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
