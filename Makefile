@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser-test conformance benchmark reward-models estimators studies lint clean
+.PHONY: help setup demo test browser-test conformance benchmark models-test streaming reward-models estimators studies lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,12 @@ conformance: setup ## Check that each algorithm reaches its own optimum: worlds 
 
 benchmark: setup ## Time the default job and its peak memory
 	$(BIN)/python benchmarks/default_job.py
+
+models-test: setup ## Train every model family end to end as a miniature: full, LoRA, shared base (15 minutes)
+	$(BIN)/python benchmarks/models.py
+
+streaming: setup ## Measure loading and streaming of up to 200,000 rows
+	$(BIN)/python benchmarks/streaming.py
 
 reward-models: setup ## Measure PCRM, length calibration and WARM, three worlds each (long)
 	$(BIN)/python benchmarks/reward_models.py pcrm
