@@ -49,7 +49,7 @@ STAGES: dict[str, list[str]] = {
     "SFT": ["train-sft"],
     "RM": ["train-rm"],
     "PM gae": ["align", "algo=pm"],
-    "PM rloo": ["align", "algo=pm", "algo.advantage=rloo", "generation.sampler=generate"],
+    "PM rloo": ["align", "algo=pm", "algo.advantage=rloo", "generation=generate"],
     "DPO": ["align", "algo=dpo"],
     "RPO": ["align", "algo=rpo"],
     "evaluate": ["evaluate"],

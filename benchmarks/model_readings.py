@@ -70,7 +70,7 @@ def padding_gap(
 def greedy(model: Any, tokenizer: Any, prompts: list[list[int]]) -> bool:
     """Return whether the most likely tokens, drawn with the cache of keys and values, are those that reading finds."""
     drawn = sample(
-        model, prompts, max_new_tokens=8, temperature=1e-6, top_p=1.0,
+        model, prompts, streams=range(len(prompts)), max_new_tokens=8, temperature=1e-6, top_p=1.0,
         eos_ids=[tokenizer.eos_token_id], pad_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return agrees(model, prompts, drawn, tokenizer)

@@ -1,14 +1,14 @@
-"""The commands with a model of opt-125m's real shape on real dialogues: peak memory and seconds of each stage.
+"""A model of opt-125m's real shape on real dialogues, on the CPU: seconds and peak memory, beside the estimate.
 
-    python benchmarks/real_shape.py FILE         # FILE: HH-RLHF form, two dialogues a line, .jsonl or .jsonl.gz
+    python benchmarks/real_shape.py --data FILE  # FILE: HH-RLHF form, two dialogues a line, .jsonl or .jsonl.gz
 
 Writes benchmarks/results/real_shape.md. The weights are random: this shows that the sizes are handled, not that such a
-model can hold a conversation. The tokenizer is byte-level BPE as OPT's is, trained on FILE; its vocabulary is padded to
-OPT's size by the embedding.
+model can hold a conversation. The tokenizer is byte-level BPE as OPT's is, trained on FILE.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
@@ -16,19 +16,54 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "real_shape.md"
-VOCABULARY, SPECIAL = 50272, ["<s>", "<pad>", "</s>", "<unk>"]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-SMALL = ["model.prompt_tokens=128", "model.completion_tokens=32"]
-SMALL += ["trainer.sft.epochs=null", "trainer.sft.max_steps=4", "trainer.sft.batch_size=8"]
-SMALL += ["trainer.sft.micro_batch_size=4", "trainer.rm.epochs=null", "trainer.rm.max_steps=4"]
-SMALL += ["trainer.rm.batch_size=8", "trainer.rm.micro_batch_size=4", "trainer.online.epochs=null"]
-SMALL += ["trainer.online.max_steps=3", "trainer.online.batch_size=8", "trainer.online.micro_batch_size=4"]
-SMALL += ["dataset.eval_prompts=8", "dataset.eval_samples=2", "dataset.pool_samples=2"]
+JOB = Path(__file__).parent / "resident.py"
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "GOMP_SPINCOUNT": "2000"}
+GB = 1e9
+
+# facebook/opt-125m, config.json
+OPT_125M = {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072}
+OPT_125M |= {"num_attention_heads": 12, "max_position_embeddings": 2048, "word_embed_proj_dim": 768}
+
+
+def steps(number: int, batch: int, micro: int) -> list[str]:
+    """Return the overrides that make every stage this short."""
+    found = []
+    for stage in ("sft", "rm", "online", "pairwise"):
+        found += [f"trainer.{stage}.epochs=null", f"trainer.{stage}.max_steps={number}"]
+        found += [f"trainer.{stage}.batch_size={batch}", f"trainer.{stage}.micro_batch_size={micro}"]
+    return found
+
+
+FEW_STEPS = [*steps(3, 8, 4), "dataset.eval_prompts=8", "dataset.eval_samples=2", "dataset.pool_samples=2"]
+# Rows that fill the limits, as the estimate assumes. Two steps: the second has AdamW's moments beside it.
+LENGTHS = (128, 128)
+FULL = [*steps(2, 8, 4), "dataset.eval_prompts=2", "dataset.eval_samples=2", "dataset.pool_samples=0"]
+FULL += [f"model.prompt_tokens={LENGTHS[0]}", f"model.completion_tokens={LENGTHS[1]}"]
+FULL_ROWS = 120
+
+LORA, SHARED = ["peft=lora"], ["peft=lora", "model.share_base=true"]
+CHECKPOINTS = ["model.gradient_checkpointing=true"]
+# Command, what is asked of it, the stage that it trains when those before it are in the store.
+COMPARED: list[tuple[str, list[str], str]] = [
+    ("train-sft", [], "sft"),
+    ("train-rm", [], "rm"),
+    ("align", ["algo=pm"], "online"),
+    ("align", ["algo=pm", "algo.advantage=rloo"], "online"),
+    ("align", ["algo=pm", *CHECKPOINTS], "online"),
+    ("align", ["algo=dpo"], "pairwise"),
+    ("train-sft", LORA, "sft"),
+    ("train-rm", LORA, "rm"),
+    ("align", ["algo=pm", *LORA], "online"),
+    ("align", ["algo=pm", *SHARED], "online"),
+    ("align", ["algo=dpo", *LORA], "pairwise"),
+]
 
 
 @dataclass(frozen=True)
@@ -36,35 +71,32 @@ class Measured:
     """What a command took.
 
     Args:
-        seconds: of wall-clock time.
-        before: resident memory when the command's weights were about to be read, bytes.
-        peak: largest resident memory, bytes.
-        lines: what it printed.
+        seconds: of wall-clock time, from start to end.
+        before: resident memory before the first weights were read, bytes.
+        parts: seconds and peak resident memory, bytes, of the training of each stage and of measuring.
+        estimated: peak of each stage beside `before`, as printed, bytes.
     """
 
     seconds: float
     before: float
-    peak: float
-    lines: list[str]
+    parts: dict[str, dict[str, float]]
+    estimated: dict[str, float]
 
 
-def build(folder: Path, texts: list[str], **sizes: Any) -> Path:
+def build(folder: Path, texts: Sequence[str], **sizes: Any) -> Path:
     """Return `folder` with an OPT of random weights and a byte-level BPE tokenizer in Hugging Face layout.
 
     Args:
         folder: to be written.
         texts: what the tokenizer is trained on.
-        sizes: of the config, in place of those of facebook/opt-125m.
+        sizes: of the config, in place of those of opt-125m.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2TokenizerFast, OPTConfig, OPTForCausalLM
 
-    # https://huggingface.co/facebook/opt-125m/blob/main/config.json
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 768, "num_hidden_layers": 12, "ffn_dim": 3072}
-    shape |= {"num_attention_heads": 12, "max_position_embeddings": 2048, "word_embed_proj_dim": 768}
     torch.manual_seed(0)
-    config = OPTConfig(**{**shape, **sizes}, bos_token_id=2, eos_token_id=2, pad_token_id=1)
+    config = OPTConfig(**{**OPT_125M, **sizes}, bos_token_id=2, eos_token_id=2, pad_token_id=1)
     OPTForCausalLM(config).save_pretrained(folder)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(texts, vocab_size=config.vocab_size, special_tokens=SPECIAL, show_progress=False)
@@ -75,23 +107,6 @@ def build(folder: Path, texts: list[str], **sizes: Any) -> Path:
     return folder
 
 
-def measured(command: str, overrides: list[str], folder: Path) -> Measured:
-    """Return what `rlhf COMMAND` took, run in `folder`; what it says on errors goes to this terminal."""
-    job = [sys.executable, "-m", "rlhf_cli.cli", command, *overrides, "tracker=none", "device=cpu"]
-    start, before, lines = time.perf_counter(), 0.0, []
-    process = subprocess.Popen(job, cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ, **OFFLINE})
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip())
-        if line.startswith("memory") and not before:
-            pages = Path(f"/proc/{process.pid}/statm").read_text(encoding="utf-8").split()[1]
-            before = float(pages) * os.sysconf("SC_PAGE_SIZE")
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"rlhf {command} failed: {' '.join(job)}")
-    return Measured(time.perf_counter() - start, before, used.ru_maxrss * 1024.0, lines)
-
-
 def dialogues(file: Path) -> list[str]:
     """Return all texts of a file in HH-RLHF form."""
     opener = gzip.open if file.suffix == ".gz" else open
@@ -99,46 +114,122 @@ def dialogues(file: Path) -> list[str]:
         return [text for line in lines for text in json.loads(line).values() if isinstance(text, str)]
 
 
+def filled(file: Path, texts: Sequence[str], model: Path, *, rows: int, prompt: int, response: int) -> Path:
+    """Return `file`, written in HH-RLHF form with rows that fill these limits in tokens, from the words of `texts`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    words = iter([word for text in texts for word in text.replace("Human:", "").replace("Assistant:", "").split()])
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(rows):
+            asked = f"\n\nHuman: {_text(words, tokenizer, prompt - 12)}\n\nAssistant:"
+            answers = {name: f"{asked} {_text(words, tokenizer, response + 4)}" for name in ("chosen", "rejected")}
+            lines.write(json.dumps(answers) + "\n")
+    return file
+
+
+def _text(words: Iterator[str], tokenizer: Any, tokens: int) -> str:
+    """Return the next words that come to about `tokens` tokens."""
+    found: list[str] = []
+    count = 0
+    while count < tokens:
+        found.append(next(words))
+        count += len(tokenizer(f" {found[-1]}", add_special_tokens=False).input_ids)
+    return " ".join(found)
+
+
+def measured(command: str, overrides: Sequence[str], folder: Path) -> Measured:
+    """Return what `rlhf COMMAND` took, run in `folder`; what it says goes to this terminal."""
+    report = folder / "report.json"
+    job = [sys.executable, str(JOB), str(report), command, *overrides, "tracker=none", "device=cpu"]
+    start = time.perf_counter()
+    if subprocess.run(job, cwd=folder, env={**os.environ, **OFFLINE}, check=False).returncode:
+        raise SystemExit(f"failed: rlhf {' '.join(job[3:])}")
+    seconds = time.perf_counter() - start
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return Measured(seconds, found["before"][0], found["parts"], found["estimated"])
+
+
+def run_rows(found: Measured) -> list[str]:
+    """Return the table of one command that trains everything."""
+    named = {"sft": "SFT", "rm": "reward model", "align": "preference matching", "measures": "measuring"}
+    parts = found.parts.items()
+    trained = [f"| {named[name]} | {took['seconds']:.0f} | {took['peak'] / GB:.2f} |" for name, took in parts]
+    peak = max(took["peak"] for _, took in parts)
+    return [
+        "| part | seconds | peak resident memory, GB |",
+        "|---|---:|---:|",
+        f"| before weights are read | | {found.before / GB:.2f} |",
+        *trained,
+        f"| **whole command** | **{found.seconds:.0f}** | **{peak / GB:.2f}** |",
+    ]
+
+
+def compared_row(command: str, asked: Sequence[str], stage: str, found: Measured) -> str:
+    """Return a stage's estimate beside what its training took more than the process before it."""
+    part = found.parts["align" if command == "align" else stage]
+    took, told = part["peak"] - found.before, found.estimated[stage]
+    words = " ".join(["rlhf", command, *asked])
+    return f"| `{words}` | {told / GB:.2f} | {took / GB:.2f} | {told / took - 1:+.0%} |"
+
+
 def main() -> None:
     """Run, print, write."""
-    file = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="dialogues in HH-RLHF form")
+    file = parser.parse_args().data.resolve()
     texts = dialogues(file)
-    rows = [
-        "| stage | seconds | peak memory, GB | estimated, beside Python and the libraries, GB |",
-        "|---|---:|---:|---:|",
-    ]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = build(folder / "opt-125m", texts)
-        where = ["model=opt-125m", f"model.path={model}", "dataset=hh_rlhf", f"dataset.path={file}", *SMALL]
-        for command, more in (("train-sft", []), ("train-rm", []), ("align", ["algo=pm"])):
-            found = measured(command, [*where, *more, f"run_dir={command}"], folder)
-            told = next(line for line in found.lines if line.startswith("memory"))
-            estimate = told.rpartition(" ")[2]
-            rows.append(
-                f"| `rlhf {' '.join([command, *more])}` | {found.seconds:.0f} | {found.peak / 1e9:.2f} | {estimate} |"
-            )
-            print(rows[-1], flush=True)
-    text = TEXT.format(
-        rows="\n".join(rows), pairs=len(texts) // 2, cores=os.cpu_count(), overrides=" \\\n    ".join(SMALL)
+        where = ["model=opt-125m", f"model.path={model}", "dataset=hh_rlhf"]
+        whole = measured("align", ["algo=pm", *where, f"dataset.path={file}", *FEW_STEPS, "run_dir=run"], folder)
+        table = run_rows(whole)
+        print("\n".join(table), flush=True)
+        rows = filled(folder / "full.jsonl", texts, model, rows=FULL_ROWS, prompt=LENGTHS[0], response=LENGTHS[1])
+        compared = []
+        for number, (command, asked, stage) in enumerate(COMPARED):
+            more = [f"dataset.path={rows}", *FULL, f"run_dir=compared-{number}", "store_dir=compared"]
+            found = measured(command, [*asked, *where, *more], folder)
+            compared.append(compared_row(command, asked, stage, found))
+            print(compared[-1], flush=True)
+    RESULT.write_text(page(table, compared, pairs=len(texts) // 2), encoding="utf-8")
+
+
+def page(table: Sequence[str], compared: Sequence[str], *, pairs: int) -> str:
+    """Return what is written."""
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    overrides = " \\\n    ".join(" ".join(FEW_STEPS[at : at + 2]) for at in range(0, len(FEW_STEPS), 2))
+    return TEXT.format(
+        table="\n".join(table), compared="\n".join(compared), pairs=pairs, threads=threads, overrides=overrides
     )
-    RESULT.write_text(text, encoding="utf-8")
-    print(text)
 
 
 TEXT = """# A real model's shape on a CPU
 
-An OPT of opt-125m's shape (125 million parameters, 50,272 words, 12 layers of 768) with random weights, and {pairs}
-pairs of real dialogues, on {cores} cores. One after another, each with what the one before left in the store:
-
-{rows}
+An OPT of opt-125m's shape (125 million parameters, 50,272 words, 12 layers of 768) with random weights and a byte-level
+BPE tokenizer, and {pairs} pairs of real dialogues, in float32 on {threads} threads. One command trains everything from
+an empty store, with the lengths that `model=opt-125m` sets (256 + 256 tokens) and few steps:
 
 ```sh
 rlhf align algo=pm model=opt-125m model.path=FOLDER dataset=hh_rlhf dataset.path=FILE tracker=none device=cpu \\
     {overrides}
 ```
 
-Memory is the largest resident size of the process, about 0.7 GB of it Python and the libraries.
+{table}
+
+## What the estimate said
+
+Each command prints, before any weights are read, the memory that its stages take at their peak. Here it is beside what
+the stage's training took more than the process held when it was printed. Rows fill their limits (128 + 128 tokens), as
+the estimate assumes; real ones are shorter and take less. Micro-batches of 4, two optimizer steps, each command with
+what the ones before left in the store:
+
+| command | estimated, GB | measured, GB | difference |
+|---|---:|---:|---:|
+{compared}
+
+`make real-shape DATA=FILE` makes this page anew.
 """
 
 

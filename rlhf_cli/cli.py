@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from rlhf_cli import __version__
 from rlhf_cli.cli_help import Checkpoint, CommandWithExamples, CommandWithGroups, Device, Dtype
-from rlhf_cli.errors import RunError, UserError
+from rlhf_cli.errors import RankError, RunError, UserError
 
 
 class CfgView(StrEnum):
@@ -33,6 +33,9 @@ class Rlhf(TyperGroup):
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except RankError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted: run the same command again to go on", err=True)
             raise typer.Exit(130) from None
@@ -215,22 +218,26 @@ def export(
 
 
 @app.command(cls=CommandWithGroups)
-def data(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Print the survey world, or a summary of another dataset."""
+def data(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE.jsonl",
+            help="Write all pairs, as dataset=preferences reads them.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print the survey world, or what a run would read of another dataset."""
     from rlhf_cli.config import compose
-    from rlhf_cli.config.schema import SplitConfig, SurveyConfig
 
-    dataset = compose.load("train-sft", overrides or [], config_dir).dataset
-    if isinstance(dataset, SurveyConfig):
-        from rlhf_cli.data.survey import describe_world, make_world
+    cfg = compose.load("train-sft", overrides or [], config_dir)
+    from rlhf_cli.stages import data as stage
 
-        typer.echo(describe_world(make_world(dataset)))
-        return
-    from rlhf_cli.data import load
-    from rlhf_cli.data.describe import describe
-
-    assert isinstance(dataset, SplitConfig)
-    typer.echo(describe(dataset, load(dataset)))
+    typer.echo(stage.run(cfg, out))
 
 
 def _command(

@@ -27,7 +27,7 @@ EXAMPLES = {
     ],
     "generate": ["rlhf generate RUN", "rlhf generate RUN --file FILE.jsonl --out answers.jsonl --samples 4"],
     "export": ["rlhf export RUN", "rlhf export RUN OUT --checkpoint best --push USER/NAME --private"],
-    "data": ["rlhf data", "rlhf data dataset=preferences dataset.path=FILE.jsonl"],
+    "data": ["rlhf data dataset=preferences dataset.path=FILE.jsonl", "rlhf data --out pairs.jsonl"],
 }
 
 

@@ -31,3 +31,16 @@ class DataError(UserError):
 
 class RunError(UserError):
     """The run cannot go on: an unwritable folder, a folder of another run, a reward that is not finite."""
+
+
+class RankError(Exception):
+    """A process of a launched job failed through no mistake of the user: printed as it is, exit code 1.
+
+    Args:
+        reason: what happened, in one line.
+        text: what is printed: the line, or the failed process's traceback.
+    """
+
+    def __init__(self, reason: str, text: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(text or f"error: {reason}")

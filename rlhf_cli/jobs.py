@@ -19,14 +19,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cli import data, hub
+from rlhf_cli import data, launch, ranks
 from rlhf_cli.config import compose, sweeps
 from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.config.naming import job_name, run_name, swept
 from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.config.sweeps import Sweep
-from rlhf_cli.errors import RUN_FOLDER, ConfigError, RunError, UserError
+from rlhf_cli.errors import RUN_FOLDER, ConfigError, RankError, RunError, UserError
 from rlhf_cli.metrics import glossary
+from rlhf_cli.models import quantisation
+from rlhf_cli.models.check import check_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +36,31 @@ if TYPE_CHECKING:
 QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.job.chdir=false")
 
 
-def run_one(command: str, overrides: list[str], config_dir: Path | None) -> Path:
-    """Run one stage from its overrides and return its run folder."""
+def run_one(command: str, overrides: list[str], config_dir: Path | None) -> Path | None:
+    """Run one stage from its overrides and return its run folder, or None where a cluster runs it later."""
     overrides, config_dir = compose.with_base(command, overrides, config_dir)
     cfg = compose.load(command, overrides, config_dir)
+    if launch.is_submitted(cfg):
+        _check_inputs(cfg)
+        typer.echo(launch.submit(command, cfg, overrides, config_dir))
+        return None
     cfg.tracker.run_name = cfg.tracker.run_name or run_name(command, cfg, compose.parse(overrides))
     return run_stage(command, cfg, overrides, config_dir)
 
 
 def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir: Path | None) -> Path:
-    """Run one stage and return its run folder; first print, in one line, what is in force."""
+    """Run one stage, here or as several ranks, and return its run folder; first print, in one line, what is in force."""
+    if not ranks.launched():
+        _announce(command, cfg)
+        _check_inputs(cfg)
+        if launch.is_elsewhere(cfg):
+            return launch.start(command, cfg, overrides, config_dir)
+    stage = import_module(f"rlhf_cli.stages.{command.replace('-', '_')}")
+    own = None if config_dir is None else str(config_dir.resolve())
+    return cast(Path, stage.run(cfg, overrides=overrides, config_dir=own))
+
+
+def _announce(command: str, cfg: CommandConfig) -> None:
     names = {
         block: getattr(getattr(cfg, block, None), "name", None) for block in ("algo", "reward", "model", "trainer")
     }
@@ -55,14 +72,16 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     in_force = {**names, "dataset": cfg.dataset.name, "seed": cfg.seed}
     shown = " ".join(f"{key}={value}" for key, value in in_force.items() if value is not None)
     typer.echo(f"rlhf {command}: {shown}", err=True)
+
+
+def _check_inputs(cfg: CommandConfig) -> None:
+    """Refuse, before anything heavy is imported, models and data that are out of reach."""
     if getattr(cfg, "policy", None) is None:
+        quantisation.check(cfg.peft)
         for key in ("path", "reward_path"):
             if given := getattr(cfg.model, key):
-                hub.check_model(f"model.{key}", given)
+                check_model(f"model.{key}", given)
     data.check(cfg.dataset)
-    stage = import_module(f"rlhf_cli.stages.{command.replace('-', '_')}")
-    own = None if config_dir is None else str(config_dir.resolve())
-    return cast(Path, stage.run(cfg, overrides=overrides, config_dir=own))
 
 
 def plan(command: str, overrides: list[str], config_dir: Path | None) -> Sweep:
@@ -159,6 +178,9 @@ class Job:
         except UserError as error:
             outcome |= {"failure": "user", "reason": str(error), "run_dir": _left_by(error)}
             typer.echo(f"error: {name}: {error}", err=True)
+        except RankError as error:
+            outcome |= {"failure": "bug", "reason": error.reason, "run_dir": _left_by(error)}
+            typer.echo(str(error), err=True)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome |= {"failure": "bug", "reason": reason, "run_dir": _left_by(error)}

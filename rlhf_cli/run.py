@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from rlhf_cli import store
+from rlhf_cli import ranks, store
 from rlhf_cli.config.schema import TrackerConfig
 from rlhf_cli.errors import RunError, UserError
 from rlhf_cli.tracking import NoTracker, Tracker, check_tracker, open_tracker
@@ -71,7 +71,7 @@ class Run:
     Where `finished` is True, the same run has ended before and nothing is written: read `metrics()`.
     """
 
-    def __init__(self, directory: Path, lock: FileLock) -> None:
+    def __init__(self, directory: Path, lock: FileLock | None) -> None:
         self.directory = directory
         self.finished = False
         self.tracker: Tracker = NoTracker()
@@ -111,6 +111,8 @@ class Run:
             RunError: the folder cannot be written, is no run folder, is another run's or is in use.
         """
         check_tracker(tracker)
+        if not ranks.is_main():
+            return cls._joined(directory)
         _check_directory(directory)
         store.make_folder(directory, "run_dir")
         run = cls(directory, _lock(directory))
@@ -132,6 +134,15 @@ class Run:
         except BaseException as error:
             run.__exit__(type(error), error, None)
             raise
+        ranks.broadcast(run.finished)
+        return run
+
+    @classmethod
+    def _joined(cls, directory: Path) -> Run:
+        """Return the run as a rank beside rank 0 has it: what it writes goes to a folder of its own, and vanishes."""
+        finished = ranks.broadcast(False)
+        run = cls(directory if finished else ranks.private(directory), None)
+        run.finished = finished
         return run
 
     def __enter__(self) -> Run:
@@ -141,13 +152,16 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is None:
+                ranks.barrier()  # a run is finished once every rank is done
             if self._started:
                 self._end(error)
         finally:
             try:
                 self.tracker.close(failed=error is not None)
             finally:
-                self._lock.release()
+                if self._lock is not None:
+                    self._lock.release()
 
     def path(self, name: str) -> Path:
         """Return the path of a file in the run folder."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from rlhf_cli import ranks
 from rlhf_cli.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -126,24 +127,32 @@ class Building:
     Args:
         path: the published folder, or the work folder, which may hold what an interrupted process left.
         ready: True where there is nothing left to train.
+        together: whether all ranks build it; what others than rank 0 have in `path` vanishes.
     """
 
     path: Path
     ready: bool
     _identity: dict[str, Any] = field(repr=False)
     _target: Path = field(repr=False)
+    together: bool = False
 
     def publish(self) -> Path:
         """Move the work folder to its place in the store in one step and return that place."""
         if self.ready:
             return self.path
+        if ranks.is_main() or not self.together:
+            self._move()
+        if self.together:
+            ranks.barrier()
+        self.path, self.ready = self._target, True
+        return self.path
+
+    def _move(self) -> None:
         write_json(self.path / "identity.json", self._identity)
         if self._target.exists():  # damaged, else it would have been found under the lock
             shutil.rmtree(self._target)
         self._target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.path, self._target)
-        self.path, self.ready = self._target, True
-        return self.path
 
 
 class Store:
@@ -184,6 +193,23 @@ class Store:
             finally:
                 if work.is_dir() and not any(work.iterdir()):  # refused before anything was trained
                     work.rmdir()
+
+    @contextmanager
+    def building_together(self, stage: str, identity: dict[str, Any]) -> Iterator[Building]:
+        """Provide a stage that all ranks build with the same code: rank 0 finds, locks and publishes it.
+
+        Raises:
+            RunError: the root cannot be written.
+        """
+        if not ranks.is_main():
+            ready, path = ranks.broadcast((False, Path()))
+            folder = path if ready else ranks.private(path)
+            yield Building(folder, ready, identity, self._folder(stage, identity), together=True)
+            return
+        with self.building(stage, identity) as building:
+            building.together = ranks.world() > 1
+            ranks.broadcast((building.ready, building.path.absolute()))
+            yield building
 
     def _folder(self, stage: str, identity: dict[str, Any]) -> Path:
         return self.root / stage / content_hash(identity)[:HASH_LENGTH]

@@ -15,17 +15,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_cli"
 
 # A room is a subpackage or a top-level module. A room may import itself and every room of a lower line.
 TIERS = (
-    {"cli", "cli_help", "jobs"},
-    {"stages"},
+    {"cli", "cli_help", "jobs", "rank_job"},
+    {"stages", "launch"},
     {"trainers", "measure", "data", "models", "run", "store", "hub", "tracking", "wandb_run", "report"},
     {"algos", "rewards", "metrics"},
     {"config"},
+    {"ranks"},
     {"errors"},
 )
 # Arrows between rooms of one line; none of them may point back.
 SIDEWAYS = {
     ("cli", "jobs"),
     ("cli", "cli_help"),
+    ("rank_job", "jobs"),
     ("trainers", "models"),
     ("trainers", "run"),
     ("measure", "models"),
@@ -41,7 +43,7 @@ SIDEWAYS = {
     ("metrics", "algos"),
 }
 # Modules found by name at run time: a command's stage, an algorithm's schema and record.
-BY_NAME = {("jobs", "stages"), ("config", "algos"), ("config", "rewards")}
+BY_NAME = {("jobs", "stages"), ("launch", "rank_job"), ("config", "algos"), ("config", "rewards")}
 
 PURE = {"algos", "rewards", "metrics"}
 PURE_LIBRARIES = {"torch", "numpy", "scipy"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -136,6 +138,29 @@ def policy_loss(
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return masked_mean(-torch.minimum(advantages * ratio, advantages * clipped), mask)
+
+
+def importance_weights(token_logps: Tensor, engine_logps: Tensor, mask: Tensor, *, cap: float | None) -> Tensor:
+    """Return the weight of each token that an engine drew whose numbers differ from training's, (B, T); 1 where masked.
+
+    min(pi(y_t|.) / mu(y_t|.), cap),  pi as training reads the policy, mu as the engine did
+    (truncated importance sampling, as in TRL's GRPO, here per token). Multiplied with the advantages, it multiplies
+    the policy loss, since that is linear in an advantage of either sign.
+
+    Args:
+        token_logps: log pi of each response token at sampling, nats, (B, T).
+        engine_logps: log mu, nats, (B, T).
+        mask: True keeps a token, (B, T); numbers are read as bool.
+        cap: >= 1, or None for the ratio itself.
+
+    Raises:
+        ValueError: shapes differ or cap < 1.
+    """
+    require_same_shape(token_logps=token_logps, engine_logps=engine_logps, mask=mask)
+    if cap is not None and cap < 1:
+        raise ValueError(f"cap is {cap}: it must be >= 1, or None.")
+    log_ratio = (token_logps - engine_logps).masked_fill(~mask.bool(), 0.0)
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp().clamp(max=math.inf if cap is None else cap)
 
 
 def value_loss(new_values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip_range: float) -> Tensor:

@@ -202,7 +202,7 @@ def with_base(command: str, overrides: list[str], config_dir: Path | None) -> tu
         raise ConfigError(
             f"{record_file} is damaged", str(error), 'It should hold {"command": ..., "overrides": [...]}'
         ) from None
-    replaced = {"run_dir", *(_dotted(item) for item in parsed)}
+    replaced = {"run_dir", "launch", *(_dotted(item) for item in parsed)}
     base = [
         item
         for item in parse(made_with)

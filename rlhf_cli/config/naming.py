@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 120  # W&B takes 128 characters
 # Where a job runs and what it tells whom; two sweeps that differ in these alone are one.
-PLACES = {"run_dir", "store_dir", "device", "tracker"}
+PLACES = {"run_dir", "store_dir", "device", "tracker", "launch"}
 
 
 def swept(job: Sequence[str], overrides: Sequence[str], named: Collection[str]) -> list[Override]:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from rlhf_cli.config.inputs import ChoiceColumns, ChoicesConfig
+from rlhf_cli.config.launching import check_launch
 from rlhf_cli.config.schema import (
     CosinePrior,
     DatasetConfig,
@@ -17,12 +18,14 @@ from rlhf_cli.config.schema import (
     OnlineTraining,
     PeftConfig,
     Prior,
+    QLoraConfig,
     RandomPrior,
     SimilarityPrior,
     SplitConfig,
     StageTraining,
     SurveyConfig,
     TextConfig,
+    VllmGeneration,
 )
 from rlhf_cli.errors import ConfigError
 
@@ -59,8 +62,9 @@ def check_rules(command: str, cfg: Any) -> None:
         )
     if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
         _check_online(cfg.algo, cfg.trainer.online)
-    if getattr(cfg.dataset, "closed_vocabulary", False) and getattr(cfg, "generation", None) is not None:
-        _check_closed(cfg.generation)
+    if hasattr(cfg, "generation"):
+        _check_generation(cfg.generation, cfg.dataset, cfg.peft)
+    check_launch(command, cfg.launch, cfg.device)
 
 
 def _check_model(model: ModelConfig, peft: PeftConfig) -> None:
@@ -74,6 +78,11 @@ def _check_model(model: ModelConfig, peft: PeftConfig) -> None:
         raise ConfigError(
             f"model.path is null, and model={model.name} is loaded from somewhere",
             todo="Name a folder in Hugging Face layout or a Hub id: model.path=ORG/NAME",
+        )
+    if model.reward_start == "base" and model.path is None and model.reward_path is None:
+        raise ConfigError(
+            f"model.reward_start=base needs a base, and model={model.name} is made from nothing",
+            todo="Use model.reward_start=sft, or name one: model.reward_path=FOLDER",
         )
     if not model.share_base:
         return
@@ -132,12 +141,33 @@ def _check_prior(key: str, prior: Prior) -> None:
         )
 
 
-def _check_closed(generation: GenerationConfig) -> None:
-    if generation.sampler == "generate":
+def _check_generation(generation: GenerationConfig, dataset: DatasetConfig, peft: PeftConfig) -> None:
+    engine = generation.engine
+    if getattr(dataset, "closed_vocabulary", False) and engine != "lean":
         raise ConfigError(
-            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
-            "Only the lean sampler restricts itself to the valid answers",
-            "Use generation.sampler=lean",
+            f"dataset.closed_vocabulary=true does not go with generation.engine={engine}",
+            "Only our own sampler restricts itself to the valid answers",
+            "Use generation=default",
+        )
+    if getattr(generation, "correction_cap", None) is not None and generation.top_p < 1:
+        raise ConfigError(
+            f"generation.correction_cap={generation.correction_cap} does not go with "
+            f"generation.top_p={generation.top_p}",
+            "The engine's log-probs are then those within the nucleus, and training's those of the whole policy",
+            "Use generation.top_p=1, or generation.correction_cap=null",
+        )
+    if not isinstance(generation, VllmGeneration):
+        return
+    if generation.mode == "server" and generation.server_url is None:
+        raise ConfigError(
+            "generation.mode=server needs generation.server_url",
+            todo="Start a server (docs/generation.md) and name it: generation.server_url=http://localhost:8000",
+        )
+    if isinstance(peft, QLoraConfig):
+        raise ConfigError(
+            "generation=vllm does not go with peft=qlora",
+            "To send vLLM a policy its adapter is added to the base, and a base in few bits would be rounded each time",
+            "Use peft=lora, or generation=default or continuous",
         )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from rlhf_cli.config.generation import GenerationConfig as GenerationConfig
+from rlhf_cli.config.generation import VllmGeneration as VllmGeneration
 from rlhf_cli.config.inputs import DatasetConfig as DatasetConfig
 from rlhf_cli.config.inputs import LoraConfig as LoraConfig
 from rlhf_cli.config.inputs import MadeModelConfig as MadeModelConfig
@@ -20,6 +22,7 @@ from rlhf_cli.config.inputs import QLoraConfig as QLoraConfig
 from rlhf_cli.config.inputs import SplitConfig as SplitConfig
 from rlhf_cli.config.inputs import SurveyConfig as SurveyConfig
 from rlhf_cli.config.inputs import TextConfig as TextConfig
+from rlhf_cli.config.launching import LaunchConfig
 from rlhf_cli.config.setting import setting as setting
 
 
@@ -170,16 +173,6 @@ class TrainerConfig:
 
 
 @dataclass
-class GenerationConfig:
-    """How responses are sampled; the temperature also divides the logits of every log-prob."""
-
-    name: str = MISSING
-    temperature: float = setting(gt=0)
-    top_p: float = setting(gt=0, le=1)
-    sampler: str = setting(choices=["lean", "generate"])
-
-
-@dataclass
 class TrackerConfig:
     """Where curves, tables and figures go besides the run folder."""
 
@@ -204,6 +197,7 @@ class CommandConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig, metadata={"identity": False})
+    launch: LaunchConfig = field(default_factory=LaunchConfig, metadata={"identity": False})
 
 
 @dataclass

@@ -9,12 +9,14 @@ from types import ModuleType
 from typing import Any
 
 from rlhf_cli.config.catalog import Catalog, advice
+from rlhf_cli.config.generation import ENGINES, SCHEMAS
 from rlhf_cli.config.inputs import DATASETS, PEFT
 from rlhf_cli.config.schema import (
     AlgoConfig,
     CosinePrior,
     DatasetConfig,
     FixedPrior,
+    GenerationConfig,
     LengthPrior,
     MadeModelConfig,
     ModelConfig,
@@ -120,6 +122,25 @@ def peft_schema(name: Any, catalog: Catalog) -> type[PeftConfig]:
     if name not in PEFT:
         raise ConfigError(f"peft.name={name} is not a choice", todo=advice(str(name), catalog.choices("peft")))
     return PEFT[name]
+
+
+def generation_schema(block: dict[str, Any]) -> type[GenerationConfig]:
+    """Return the schema of the engine that a `generation` block names.
+
+    Raises:
+        ConfigError: there is no such engine, or the block belongs to another and lacks its keys.
+    """
+    engine = block.get("engine")
+    if engine not in ENGINES:
+        raise ConfigError(f"generation.engine={shown(engine)} is not a choice", todo=advice(str(engine), list(ENGINES)))
+    schema = SCHEMAS.get(engine, GenerationConfig)
+    lacking = {field.name for field in fields(schema)} - block.keys()
+    if lacking and schema is not GenerationConfig:
+        raise ConfigError(
+            f"generation.engine={engine} has keys that generation={block.get('name')} lacks: {', '.join(sorted(lacking))}",
+            todo=f"Choose it as a whole: generation={engine}",
+        )
+    return schema
 
 
 def dataset_schema(source: Any) -> type[DatasetConfig]:

@@ -13,6 +13,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_cli.config.catalog import Catalog, advice, has_key, nearest
+from rlhf_cli.config.launching import launch_schema
 from rlhf_cli.config.rules import check_rules
 from rlhf_cli.config.schema import (
     AlignConfig,
@@ -24,7 +25,7 @@ from rlhf_cli.config.schema import (
 )
 from rlhf_cli.config.schemas import PRIORS as PRIORS
 from rlhf_cli.config.schemas import algo_schema as algo_schema
-from rlhf_cli.config.schemas import constraint_schema, dataset_schema, model_schema, peft_schema, shown
+from rlhf_cli.config.schemas import constraint_schema, dataset_schema, generation_schema, model_schema, peft_schema, shown
 from rlhf_cli.config.schemas import module as module
 from rlhf_cli.config.schemas import reward_schema as reward_schema
 from rlhf_cli.errors import ConfigError
@@ -91,10 +92,13 @@ def _schemas(catalog: Catalog, values: dict[str, Any], where: Callable[[str], st
         "model": model_schema(_block(values, "model")),
         "peft": peft_schema(_block(values, "peft").get("name"), catalog),
         "dataset": dataset_schema(_block(values, "dataset").get("source")),
+        "launch": launch_schema(_block(values, "launch").get("name")),
     }
     own = {field.name for field in fields(COMMANDS[catalog.command])}
     if "reward" in own:
         blocks["reward"] = reward_schema(_block(values, "reward").get("name"), catalog)
+    if "generation" in own:
+        blocks["generation"] = generation_schema(_block(values, "generation"))
     if "algo" in own:
         algo = _block(values, "algo")
         blocks["algo"] = algo_schema(algo.get("name"), catalog)

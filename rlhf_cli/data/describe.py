@@ -5,23 +5,43 @@ from __future__ import annotations
 from rlhf_cli.config.schema import MixtureConfig, SplitConfig, TextConfig
 from rlhf_cli.data import mixture, sources
 from rlhf_cli.data.rows import Pair, PreferenceData
+from rlhf_cli.metrics.glossary import DROPPED
 
-SPLITS = ("demonstrations", "reward_rankings", "reward_pairs", "policy_pairs", "prompts", "heldout_pairs")
+SPLITS = {
+    "demonstrations": "SFT",
+    "reward_rankings": "reward model; they imply its pairs",
+    "reward_pairs": "reward model",
+    "policy_pairs": "alignment from pairs",
+    "prompts": "alignment by sampling",
+    "heldout_pairs": "metrics, never trained on",
+}
+TRUNCATED = "response_truncated"
 LINES, LETTERS = 8, 600  # of a text that is shown
 
 
-def describe(cfg: SplitConfig, data: PreferenceData) -> str:
-    """Return the dataset's name and places, the rows of each split, those left out by reason, and one pair.
+def describe(cfg: SplitConfig, data: PreferenceData, tokens: list[str]) -> str:
+    """Return the dataset's name and places, the rows of each split, those left out by reason, lengths, and one pair.
+
+    Args:
+        cfg: of the dataset.
+        data: its rows.
+        tokens: the table of lengths in tokens.
 
     Raises:
         UserError: the data cannot be reached.
     """
-    counts = {name: len(getattr(data, name)) for name in SPLITS if name != "reward_rankings" or data.reward_rankings}
-    counts |= {f"part: {name}": count for name, count in data.parts.items()}
-    counts |= {f"dropped: {name}": count for name, count in data.dropped.items()}
-    lines = [f"{cfg.name}", *(f"from {place}" for place in _places(cfg))]
-    lines += [f"{count:>8}  {name}" for name, count in counts.items()]
-    return "\n".join([*lines, "", *_shown(data.reward_pairs[0])])
+    rows = [(len(getattr(data, name)), name, use) for name, use in SPLITS.items()]
+    rows = [row for row in rows if row[0] or row[1] != "reward_rankings"]
+    rows += [(count, "rows of", name) for name, count in data.parts.items()]
+    rows += [
+        (count, "cut", "responses longer than dataset.max_completion_tokens")
+        if reason == TRUNCATED
+        else (count, "left out", DROPPED.get(reason, reason))
+        for reason, count in data.dropped.items()
+    ]
+    lines = [f"{cfg.name}", *(f"from {place}" for place in _places(cfg)), ""]
+    lines += [f"{count:>9,}  {name:<16}{use}" for count, name, use in rows]
+    return "\n".join([*lines, "", *tokens, "", *_shown(data.reward_pairs[0])])
 
 
 def _places(cfg: SplitConfig) -> list[str]:

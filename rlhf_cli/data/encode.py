@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_cli.config.schema import DatasetConfig
 from rlhf_cli.data.lazy import LazyRows
+from rlhf_cli.data.limits import check_answers, check_splits
 from rlhf_cli.data.rows import Demonstration, Pair, PreferenceData, Ranking
 from rlhf_cli.data.stream_tokens import encoding_key, fit_lazy
 from rlhf_cli.data.turns import prompt_ids, response_ids, response_text
-from rlhf_cli.errors import DataError
 
 CHUNK = 2_000  # texts tokenised at a time
 PROGRESS_FROM = 20_000  # texts; below, tokenisation takes about a second
@@ -174,8 +174,8 @@ def fit_to_context(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg
         DataError: no row of some split fits, or an enumerable answer does not.
     """
     result = fit_lazy(data, tokenizer, cfg) if isinstance(data.demonstrations, LazyRows) else _fit(data, tokenizer, cfg)
-    _check_splits(data, result, cfg)
-    _check_answers(result, tokenizer, cfg)
+    check_splits(data, result, tokenizer, cfg)
+    check_answers(result, tokenizer, cfg)
     return result
 
 
@@ -242,30 +242,6 @@ def _prompts(data: PreferenceData) -> Iterable[str]:
         yield from (pair.prompt for pair in pairs)
     yield from data.prompts
     yield from (question.prompt for question in data.questions)
-
-
-def _check_splits(before: PreferenceData, after: PreferenceData, cfg: DatasetConfig) -> None:
-    for name in ("demonstrations", "reward_pairs", "policy_pairs", "prompts", "heldout_pairs", "questions"):
-        if getattr(before, name) and not getattr(after, name):
-            raise DataError(
-                f"none of the {len(getattr(before, name))} {name.replace('_', ' ')} fits the context",
-                f"dataset.max_prompt_tokens={cfg.max_prompt_tokens}, "
-                f"dataset.max_completion_tokens={cfg.max_completion_tokens}",
-                "raise them, or give shorter prompts",
-            )
-
-
-def _check_answers(data: PreferenceData, tokenizer: PreTrainedTokenizerBase, cfg: DatasetConfig) -> None:
-    # A policy that cannot reach an answer can never match its share.
-    answers = _encode_responses(tokenizer, (text for question in data.questions for text in question.answers), None)
-    longest = max(answers, key=lambda text: len(answers[text]), default=None)
-    if longest is not None and len(answers[longest]) > cfg.max_completion_tokens:
-        need = len(answers[longest])
-        raise DataError(
-            f"dataset.max_completion_tokens={cfg.max_completion_tokens} is too small",
-            f"the answer {longest!r} has {need} tokens, end-of-sequence included",
-            f"set dataset.max_completion_tokens={need} or more",
-        )
 
 
 def _encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> dict[str, list[int]]:

@@ -61,20 +61,24 @@ class TokenStatistics:
     sample: int
     loaded: int
 
-    def lines(self) -> list[str]:
-        """Return a table for the terminal, five lines at most."""
+    def table(self) -> list[str]:
+        """Return the lengths as a table for the terminal, three lines."""
         title = f"tokens of {'all' if self.sample == self.loaded else 'a sample of'} {self.sample:,} rows"
         head = f"{title:<32}{'mean':>7}{'median':>8}{'95 %':>7}{'longest':>9}{'limit':>7}"
-        table = [
+        parts = (("prompts", self.prompts, "left out"), ("responses", self.responses, "cut"))
+        return [head] + [
             f"{name:<32}{part.mean:>7.0f}{part.median:>8.0f}{part.p95:>7.0f}{part.longest:>9}{part.limit:>7}"
             f"  {part.over:.1%} {fate}"
-            for name, part, fate in (("prompts", self.prompts, "left out"), ("responses", self.responses, "cut"))
+            for name, part, fate in parts
         ]
+
+    def lines(self) -> list[str]:
+        """Return the table, the rows of each split and those left out, five lines at most."""
         rows = ", ".join(f"{words} {self.rows[name]:,}" for name, words in SPLITS.items())
         lost = [f"{reason} {count:,}" for reason, count in self.dropped.items() if reason != TRUNCATED]
         cut = self.dropped.get(TRUNCATED, 0)
         lost += [f"responses cut {cut:,}"] if cut else []
-        return [head, *table, f"rows: {rows}", *([f"left out: {', '.join(lost)}"] if lost else [])]
+        return [*self.table(), f"rows: {rows}", *([f"left out: {', '.join(lost)}"] if lost else [])]
 
 
 def token_statistics(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from rlhf_cli import ranks
 from rlhf_cli.store import Store
 
 Row = dict[str, np.ndarray]  # a number or an array of any length by name
@@ -83,7 +84,7 @@ class Memo:
         if self.store is None or not pieces:
             yield None
             return
-        with self.store.building(what, identity) as building:
+        with self.store.building_together(what, identity) as building:
             yield building.path
             for left in [] if building.ready else building.path.glob(".*.tmp"):  # of a killed process
                 left.unlink()
@@ -93,16 +94,17 @@ class Memo:
 def _computed(pieces: list[list[int]], compute: Compute, folder: Path | None, label: str) -> Iterator[list[Row]]:
     """Yield the rows of each piece; the bar counts rows, those kept included, and shows where it is worth while."""
     paths = [None if folder is None else folder / f"{number:05d}.npz" for number in range(len(pieces))]
-    kept = [_load(path, indices) for path, indices in zip(paths, pieces, strict=True)]
+    # What rank 0 has: all ranks must compute the same pieces, or one would wait in a sharded model for the others.
+    kept = ranks.on_main(lambda: [_load(path, indices) for path, indices in zip(paths, pieces, strict=True)])
     done = sum(len(rows) for rows in kept if rows is not None)
-    total, quiet = sum(map(len, pieces)), kept.count(None) < 2
+    total, quiet = sum(map(len, pieces)), kept.count(None) < 2 or not ranks.is_main()
     with tqdm(total=total, initial=done, unit=f" {label}", mininterval=1, leave=False, delay=1, disable=quiet) as bar:
         for path, indices, known in zip(paths, pieces, kept, strict=True):
             rows = compute(indices) if known is None else known
             if known is None:
                 if len(rows) != len(indices):
                     raise ValueError(f"{len(rows)} rows were computed for {len(indices)} indices.")
-                if path is not None:
+                if path is not None and ranks.is_main():
                     _save(path, indices, rows)
                 bar.update(len(rows))
             yield rows

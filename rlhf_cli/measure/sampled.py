@@ -20,25 +20,34 @@ from rlhf_cli.metrics.bootstrap import interval
 from rlhf_cli.models import logps
 from rlhf_cli.models.batches import by_length, in_batches, rows_that_fit
 from rlhf_cli.models.reward import Reward
-from rlhf_cli.models.sampling import sample
+from rlhf_cli.models.sampling import row_streams, sample
 from rlhf_cli.models.tokens import TokenBatch, collate
 
 T = TypeVar("T")
 Ids = Sequence[list[int]]
 
-DRAWN = 128  # sequences drawn at a time; with the seed it decides which samples there are
+DRAWN = 128  # sequences drawn at a time
 SCORED = 256  # responses scored at a time
 
 
-def draw(policy: Any, prompts: Ids, how: Sampling, seed: int) -> list[list[int]]:
-    """Return one response of `policy` for each prompt; the global random state is left as it was."""
+def draw(policy: Any, prompts: Ids, how: Sampling, seed: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Return one response of `policy` for each prompt; the global random state is left as it was.
+
+    Args:
+        policy: causal language model.
+        prompts: token ids, one list a prompt.
+        how: how it is sampled.
+        seed: with a row's number it decides what is drawn for it.
+        rows: number of each prompt among all; None counts them.
+    """
     responses: list[list[int]] = []
-    with evaluating(policy), torch.random.fork_rng():  # the GPU's state too
-        torch.manual_seed(seed)
+    streams = row_streams(seed, rows=range(len(prompts)) if rows is None else rows)
+    with evaluating(policy):
         for start in range(0, len(prompts), how.micro_batch):
             responses += sample(
                 policy,
                 prompts[start : start + how.micro_batch],
+                streams=streams[start : start + how.micro_batch],
                 max_new_tokens=how.max_new_tokens,
                 temperature=how.temperature * how.sample_temperature,
                 top_p=how.top_p,
@@ -72,8 +81,8 @@ def read_samples(
 ) -> Samples:
     """Return `samples` responses of `policy` to each prompt, as policy and reference read them.
 
-    They are drawn in pieces of whole prompts, each from a seed of its own, so that they depend neither on what the
-    memory holds at a time nor on an interruption; only where a piece does not fit the GPU, its halves have other seeds.
+    They are drawn in pieces of whole prompts, each sample from a stream of its own, so that they depend neither on
+    what the memory holds at a time nor on an interruption.
 
     Args:
         policy, reference: causal language models.
@@ -86,14 +95,13 @@ def read_samples(
     """
     order = [prompt * samples + n for prompt in by_length([len(ids) for ids in prompts]) for n in range(samples)]
     piece = max(1, DRAWN // samples) * samples
-    number = {index: place // piece for place, index in enumerate(order)}
 
     def compute(indices: list[int]) -> list[Row]:
         asked = [prompts[index // samples] for index in indices]
 
         def drawn(part: list[int]) -> list[list[int]]:
-            own = np.random.SeedSequence([seed, number[indices[0]], part[0]]).generate_state(1)
-            return draw(policy, [asked[i] for i in part], replace(how, micro_batch=len(part)), int(own[0]))
+            places = [indices[i] for i in part]
+            return draw(policy, [asked[i] for i in part], replace(how, micro_batch=len(part)), seed, places)
 
         responses = in_batches(range(len(indices)), drawn, DRAWN)
         rows = _read_both(policy, reference, asked, responses, how)

@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_cli import ranks
 from rlhf_cli.config import schema
 from rlhf_cli.errors import RunError
 from rlhf_cli.hub import is_id, local_folder
+from rlhf_cli.models.sharding import whole_state
 
 ADAPTER_FILE = "adapter_config.json"
 OWN = "default"  # an adapter's name where it is the only one, and the one that TRL looks for in a policy
@@ -134,11 +136,28 @@ def open_adapter(base: Any, folder: Path | str, *, trainable: bool = False) -> P
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a model into `folder`: of one with an adapter, the adapter alone."""
+    """Write a model into `folder`: of one with an adapter, the adapter alone.
+
+    All ranks call it, since each may hold a part; rank 0 writes, and all go on when it has.
+    """
+    held = whole_state(model)
+    if ranks.is_main():
+        write_model(model, folder, held)
+    ranks.barrier()
+
+
+def write_model(model: Any, folder: Path, held: dict[str, Any] | None = None) -> None:
+    """Write a model as `save_model` does, from this process alone.
+
+    Args:
+        model: with an adapter or without.
+        folder: where to.
+        held: its weights, where the model itself holds only a part of them.
+    """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=held)
         return
-    model.save_pretrained(str(folder), selected_adapters=[OWN], save_embedding_layers=False)
+    model.save_pretrained(str(folder), selected_adapters=[OWN], save_embedding_layers=False, state_dict=held)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 

@@ -78,20 +78,12 @@ def base_folder(model: ModelConfig, *, reward: bool = False) -> Path:
 
 
 def base_identity(folder: Path) -> str:
-    """Return what tells the content of a base model apart, without reading its weights.
+    """Return what tells the content of a base model apart, wherever it lies and whenever it was put there.
 
-    The commit where the folder is a snapshot in the Hub's cache; else names, sizes and times of its files.
+    The commit where the folder is a snapshot in the Hub's cache; else its fingerprint.
     """
     folder = folder.resolve()
-    if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name):
-        return folder.name
-    digest = sha256()
-    names = [path.name for pattern in WEIGHTS for path in folder.glob(pattern)]
-    for name in sorted([*names, *FILES, "merges.txt", "config.json", "generation_config.json"]):
-        if (folder / name).is_file():
-            seen = (folder / name).stat()
-            digest.update(f"{name} {seen.st_size} {seen.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.fullmatch(folder.name) else fingerprint(folder)
 
 
 def has_model(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from transformers.utils import is_flash_attn_2_available
 from rlhf_cli.config.schema import ModelConfig
 from rlhf_cli.errors import RunError
 
-REFUSALS = (OSError, ValueError, RuntimeError, SafetensorError)  # of transformers
+# Of transformers, and of the readers of its files: a damaged one shows in many ways.
+REFUSALS = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[
         settings: of its config, in place of what the folder says.
 
     Raises:
-        OSError, ValueError, RuntimeError, SafetensorError: it cannot be opened; together they are `REFUSALS`.
+        one of REFUSALS: it cannot be opened.
     """
     config = without_dropout(AutoConfig.from_pretrained(path, **settings))
     more: dict[str, Any] = {}

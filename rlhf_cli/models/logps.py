@@ -31,7 +31,7 @@ def vocabulary_logps(model: Any, batch: TokenBatch, *, temperature: float, tree:
     output = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask.long(),
-
+        position_ids=batch.position_ids,
         logits_to_keep=length + 1,
         use_cache=False,
     )

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
-
-from transformers import BitsAndBytesConfig
+from typing import TYPE_CHECKING, Any
 
 from rlhf_cli.config.schema import PeftConfig, QLoraConfig
 from rlhf_cli.errors import RunError
-from rlhf_cli.models.loading import Loading
+
+if TYPE_CHECKING:
+    from rlhf_cli.models.loading import Loading
+
+
+def check(peft: PeftConfig) -> None:
+    """Refuse QLoRA where bitsandbytes is not installed; asked before anything is loaded, torch included.
+
+    Raises:
+        RunError: saying what to install.
+    """
+    if isinstance(peft, QLoraConfig) and find_spec("bitsandbytes") is None:
+        raise RunError(
+            "peft=qlora needs bitsandbytes, which is not installed",
+            f"it holds the base in {8 if peft.bits == 'int8' else 4} bits",
+            "pip install 'rlhf-cli[qlora]', or use peft=lora",
+        )
 
 
 def quantised(how: Loading, peft: PeftConfig) -> Loading:
@@ -21,12 +35,9 @@ def quantised(how: Loading, peft: PeftConfig) -> Loading:
     """
     if not isinstance(peft, QLoraConfig):
         return how
-    if find_spec("bitsandbytes") is None:
-        raise RunError(
-            "peft=qlora needs bitsandbytes, which is not installed",
-            "it holds the base in 4 or 8 bits",
-            "pip install 'rlhf-cli[qlora]', or use peft=lora",
-        )
+    check(peft)
+    from transformers import BitsAndBytesConfig
+
     if peft.bits == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:

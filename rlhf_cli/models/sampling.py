@@ -1,10 +1,14 @@
-"""A lean batched sampler with a key-value cache: what `generate` does, without its bookkeeping per token."""
+"""A lean batched sampler with a key-value cache: what `generate` does, without its bookkeeping per token.
+
+Each row has a stream of random numbers of its own, so what it draws does not depend on the rows beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -19,6 +23,7 @@ def sample(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
+    streams: Sequence[int],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -31,6 +36,7 @@ def sample(
     Args:
         model: causal language model.
         prompts: token ids, one list a prompt.
+        streams: number of the stream of random numbers of each row (`row_streams`).
         max_new_tokens: >= 1.
         temperature: divides the logits, > 0.
         top_p: nucleus, in (0, 1]; 1 is the full distribution.
@@ -43,6 +49,7 @@ def sample(
     attention = torch.nn.functional.pad(mask.long(), (0, max_new_tokens), value=1)
     states = tree.states(ids)[:, -1] if tree is not None else None
     ends = torch.tensor(list(eos_ids), device=device)
+    luck = uniforms(streams, max_new_tokens).to(device)
     finished = torch.zeros(len(ids), dtype=torch.bool, device=device)
     cache, step_ids, width, columns = DynamicCache(config=model.config), ids, ids.shape[1], []
     for step in range(max_new_tokens):
@@ -54,7 +61,7 @@ def sample(
         ).logits[:, -1].float() / temperature  # fmt: skip
         if tree is not None and states is not None:
             logits = tree.restrict(logits, states)
-        tokens = draw(logits, top_p).masked_fill(finished, pad_id)
+        tokens = draw(logits, top_p, luck[:, step]).masked_fill(finished, pad_id)
         columns.append(tokens)
         finished = finished | torch.isin(tokens, ends)
         if bool(finished.all()):
@@ -65,8 +72,34 @@ def sample(
     return trim(torch.stack(columns, dim=1), eos_ids)
 
 
-def draw(logits: Tensor, top_p: float) -> Tensor:
+def row_streams(*key: int, rows: Sequence[int]) -> list[int]:
+    """Return the stream of each row: a hash of `key` and the row's number, below 2^32.
+
+    Args:
+        key: what the rows are drawn for, each >= 0: seed and, say, update.
+        rows: their numbers, >= 0.
+    """
+    if not rows:
+        return []
+    words = np.random.SeedSequence([len(key), *key]).generate_state(max(rows) + 1)  # a word depends on its place alone
+    return words[list(rows)].tolist()
+
+
+def uniforms(streams: Sequence[int], count: int) -> Tensor:
+    """Return the first `count` numbers of each stream, uniform in [0, 1), float64, (B, count)."""
+    draws = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in streams]
+    return torch.stack(draws) if draws else torch.empty(0, count, dtype=torch.float64)
+
+
+def draw(logits: Tensor, top_p: float, luck: Tensor) -> Tensor:
     """Return one token a row, drawn from softmax(logits) restricted to its `top_p` nucleus, (B,).
+
+    It is the first whose cumulative probability exceeds `luck` times the total, so none of probability 0 is drawn.
+
+    Args:
+        logits: (B, V).
+        top_p: nucleus, in (0, 1].
+        luck: uniform in [0, 1), float64, (B,).
 
     Raises:
         RunError: a probability is not finite.
@@ -79,10 +112,18 @@ def draw(logits: Tensor, top_p: float) -> Tensor:
             "lower the learning_rate of the stage that trained it (trainer.sft, online or pairwise)",
         )
     if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    return torch.multinomial(probabilities, 1).squeeze(-1)
+        probabilities = probabilities * nucleus(probabilities, top_p)
+    reached = probabilities.cumsum(-1, dtype=torch.float64)  # float32 would lose the rare tokens of a long vocabulary
+    total = reached[:, -1:]
+    aim = torch.minimum(luck.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reached, aim, right=True).squeeze(-1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Return which tokens are in the nucleus: the likeliest, as few as reach `top_p` together, bool, (..., V)."""
+    ordered, order = probabilities.sort(-1, descending=True)
+    inside = ordered.cumsum(-1) - ordered < top_p  # the token that crosses top_p stays
+    return torch.zeros_like(inside).scatter(-1, order, inside)
 
 
 def trim(tokens: Tensor, eos_ids: Sequence[int]) -> list[list[int]]:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from rlhf_cli.report import methods
 from rlhf_cli.report.card_limits import limits
-from rlhf_cli.report.card_tables import data_rows, metric_table, setting_rows, training_rows, training_stages
+from rlhf_cli.report.card_names import command_line, on_hub, public, without_places
+from rlhf_cli.report.card_tables import (
+    data_rows,
+    metric_table,
+    setting_rows,
+    starts_from_sft,
+    training_rows,
+    training_stages,
+)
 
 TEMPLATE = "model_card.md.j2"
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Where a run and its store lie, and who follows it, is nobody's business and changes nothing.
-PRIVATE = re.compile(r"\+{0,2}~?(run_dir|store_dir|tracker(\..*)?)(=|$)")
-LOCAL_PATH = re.compile(r"""(?<=')[~.]*/[^']+|(?<=")[~.]*/[^"]+|(?<![\w.:/-])[~.]*/[^\s,'"\[\]{}]+""")
 SURVEY_PROMPT, DIALOGUE_PROMPT = "Which season do you like best?", "\\n\\nHuman: How do I make tea?\\n\\nAssistant:"
 CENTRE = "reward.json"  # the mean score of chosen training responses
 PROMPT = "How do I make tea?"
@@ -50,8 +52,9 @@ class Facts:
         warnings: what a reader of the metrics should not overlook.
         centre: of a reward model: the mean score of chosen responses.
         calibrated: a reward model with a length calibration.
-        data_hash: sha256 of the data file, or None.
+        data_hash: of the data: sha256 of what is local, NAME@COMMIT of the Hub's, or None.
         base: of an adapter that is exported alone: the model it goes on.
+        local: names in the config that are files or folders here, though they look like the Hub's.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Facts:
     calibrated: bool = False
     data_hash: str | None = None
     base: str | None = None
+    local: Collection[str] = ()
 
     @property
     def is_reward(self) -> bool:
@@ -87,24 +91,26 @@ def model_card(facts: Facts) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     source = files("rlhf_cli.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     own = {"train-sft": lambda _: methods.sft(), "train-rm": methods.reward, "align": methods.alignment}
-    config = facts.config
+    named = front_matter(facts)
+    config = without_places(facts.config, facts.local)
+    facts = replace(facts, config=config, base=facts.base and public(facts.base))
     text = environment.from_string(source).render(
         facts=facts,
         arxiv=methods.ARXIV,
-        front_matter=front_matter(facts),
+        front_matter=named,
         summary=summary(facts),
         usage=usage(facts),
         form=form_in_words(facts),
         method=own[facts.command](config),
         reward=methods.reward(config) if facts.command == "align" else None,
         reward_read=_reward_read(facts),
-        data=data_rows(config["dataset"], facts.metrics, public(config["dataset"].get("path")), facts.data_hash),
+        data=data_rows(config["dataset"], facts.metrics, facts.data_hash),
         stages=training_stages(facts.command, config),
         training=training_rows(facts.command, config),
         settings=setting_rows(facts.command, {**config, "device": facts.device}),
         metrics=metric_table(facts.metrics, facts.shown, facts.checkpoint, config["dataset"]["source"]),
         limits=limits(facts),
-        command=command(facts),
+        command=command_line(facts.command, facts.overrides, facts.config_dir, facts.local),
         versions=_versions(facts),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -113,16 +119,15 @@ def model_card(facts: Facts) -> str:
 def front_matter(facts: Facts) -> str:
     """Return the YAML that the Hub reads; a licence is left to whoever publishes the model."""
     config = facts.config
-    bases = [facts.base] if facts.base else _on_hub(_base(facts))
-    sources = config["dataset"].get("sources") or [config["dataset"]]
-    datasets = [name for source in sources for name in _on_hub(source.get("path"))]
+    base = facts.base or _base(facts)
+    paths = [source.get("path") for source in config["dataset"].get("sources") or [config["dataset"]]]
     algorithm = config["algo"]["name"] if facts.command == "align" else facts.command.removeprefix("train-")
     found = {
         "library_name": "peft" if facts.base else "transformers",
         "pipeline_tag": "text-classification" if facts.is_reward else "text-generation",
-        "base_model": [name for name in bases if HUB_NAME.fullmatch(name)],
+        "base_model": [base] if on_hub(base, facts.local) else [],
         "base_model_relation": "adapter" if facts.base else "finetune",
-        "datasets": list(dict.fromkeys(datasets)),
+        "datasets": list(dict.fromkeys(path for path in paths if on_hub(path, facts.local))),
         "tags": ["rlhf", "rlhf-cli", "reward-model" if facts.is_reward else algorithm.replace("_", "-")],
     }
     if not found["base_model"]:
@@ -133,13 +138,14 @@ def front_matter(facts: Facts) -> str:
 def summary(facts: Facts) -> str:
     """Return what the model is, in two or three sentences."""
     base, config = _base(facts), facts.config
-    start = "A small OPT made from scratch" if base is None else f"`{public(base)}`"
+    start = "A small OPT made from scratch" if base is None else f"`{base}`"
     name, survey = config["dataset"]["name"], config["dataset"]["source"] == "survey"
     on = "the survey world of `rlhf` (opinion questions with known answers)" if survey else f"`{name}`"
     tuned = f"{start}, fine-tuned on demonstrations"
+    begun = tuned if starts_from_sft(config) else start
     what = {
         "train-sft": f"{tuned} of {on}.",
-        "train-rm": f"A reward model: it scores a response to a prompt by the preferences of {on}. Made from: {start}.",
+        "train-rm": f"A reward model: it scores a response to a prompt by the preferences of {on}. Made from: {begun}.",
         "align": f"{tuned} and then aligned with the preferences of {on} by `{config.get('algo', {}).get('name')}`.",
     }[facts.command]
     which = {"best": " It is the checkpoint with the least distance to the preferences while it trained."}
@@ -230,26 +236,6 @@ def form_in_words(facts: Facts) -> str:
     )
 
 
-def command(facts: Facts) -> str:
-    """Return the command that made the run; places on its machine are left out, paths keep their last part."""
-    kept = [LOCAL_PATH.sub(_last_part, text) for text in facts.overrides if not PRIVATE.match(text)]
-    own = [] if facts.config_dir is None else ["--config-dir", Path(facts.config_dir).name]
-    return shlex.join(["rlhf", facts.command, *kept, *own])
-
-
-def public(given: str | None) -> str | None:
-    """Return how a model or data file may be named in public: a local one by its last part."""
-    return given if given is None or _on_hub(given) else Path(given).name
-
-
-def _on_hub(given: str | None) -> list[str]:
-    """Return a name of the Hub in a list; nothing for a local path, or None."""
-    if given is None or not HUB_NAME.fullmatch(given) or given.startswith((".", "~")) or Path(given).exists():
-        return []
-    data_file = Path(given).suffix in {".jsonl", ".json", ".csv", ".parquet", ".gz"}
-    return [] if data_file else [given]
-
-
 def _base(facts: Facts) -> str | None:
     """Return what the training began with, None where it was made from scratch."""
     model = facts.config["model"]
@@ -266,10 +252,6 @@ def _reward_read(facts: Facts) -> str:
     read += ", what length explains taken out" if settings.get("calibration") == "length" else ""
     pairwise = facts.command == "align" and "advantage" not in facts.config["algo"]
     return f"{read}. The method learns from pairs: the reward serves the metrics alone." if pairwise else f"{read}."
-
-
-def _last_part(match: re.Match[str]) -> str:
-    return match[0].rstrip("/").rpartition("/")[2]
 
 
 def _versions(facts: Facts) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_cli.metrics.glossary import DROPPED, describe
+from rlhf_cli.report.card_names import DATA_FILES
 from rlhf_cli.report.columns import better
 
 Metrics = dict[str, float | None]
@@ -29,6 +31,7 @@ SETTINGS = {
     "weight_decay": "weight decay",
     "max_grad_norm": "gradient norm, at most",
 }
+FACTOR = "learning_rate_factor"
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,15 @@ class MetricTable:
     note: str
 
 
-def data_rows(dataset: dict[str, Any], metrics: Metrics, path: str | None, digest: str | None) -> Rows:
+def data_rows(dataset: dict[str, Any], metrics: Metrics, digest: str | None) -> Rows:
     """Return what the data are, how they were split and what was left out, name and value each.
 
     Args:
-        dataset: that block of the config.
+        dataset: that block of the config, its path as it may be named in public.
         metrics: final ones; they hold the counts.
-        path: how the data may be named in public, None for a generated world.
-        digest: sha256 of the data file, or None.
+        digest: sha256 of local data, NAME@COMMIT of the Hub's, or None.
     """
+    path = dataset.get("path")
     found: Rows = [("dataset", f"`{dataset['name']}`")]
     if dataset["source"] == "survey":
         found.append(("questions", f"{dataset['questions']}, generated, seed {dataset['seed']}"))
@@ -64,8 +67,9 @@ def data_rows(dataset: dict[str, Any], metrics: Metrics, path: str | None, diges
         weighted = zip(dataset["parts"], dataset["weights"], strict=True)
         found.append(("mixture", ", ".join(f"`{part}` × {weight:g}" for part, weight in weighted)))
     if path is not None:
-        found.append(("from", f"`{path}`" + (f", sha256 `{digest[:16]}…`" if digest else "")))
-    found += [(key, f"`{dataset[key]}`") for key in ("subset", "revision", "split") if path and dataset.get(key)]
+        found.append(("from", f"`{path}`{_version(digest)}"))
+        if Path(path).suffix not in DATA_FILES:  # a file is one split
+            found += [(key, f"`{dataset[key]}`") for key in ("subset", "revision", "split") if dataset.get(key)]
     if dataset.get("max_rows"):
         found.append(("rows read, at most", f"{dataset['max_rows']:,}"))
     if "heldout_fraction" in dataset:
@@ -75,6 +79,14 @@ def data_rows(dataset: dict[str, Any], metrics: Metrics, path: str | None, diges
     found += [(name, f"{value:,.0f}") for key, name in ROWS.items() if (value := metrics.get(key)) is not None]
     longest = f"prompt {dataset['max_prompt_tokens']}, response {dataset['max_completion_tokens']}"
     return [*found, ("longest, in tokens", longest), *_left_out(metrics)]
+
+
+def _version(digest: str | None) -> str:
+    """Return which data they are, as the end of a cell."""
+    if digest is None:
+        return ""
+    _, at, commit = digest.rpartition("@")
+    return f", commit `{commit}`" if at else f", sha256 `{digest[:16]}…`"
 
 
 def _left_out(metrics: Metrics) -> Rows:
@@ -89,13 +101,19 @@ def _left_out(metrics: Metrics) -> Rows:
 def training_stages(command: str, config: dict[str, Any]) -> list[Stage]:
     """Return the stages that led to the model, in order."""
     trainer = config["trainer"]
-    stages = [Stage("SFT", trainer["sft"])]
+    stages = [Stage("SFT", trainer["sft"])] if command != "train-rm" or starts_from_sft(config) else []
     if command != "train-sft" and config["reward"]["name"] != "gold":
         stages.append(Stage("reward model", trainer["rm"]))
     if command == "align":
         online = "advantage" in config["algo"]
         stages.append(Stage(f"alignment (`{config['algo']['name']}`)", trainer["online" if online else "pairwise"]))
     return stages
+
+
+def starts_from_sft(config: dict[str, Any]) -> bool:
+    """Return whether the reward model starts from the SFT policy; else it starts from a base."""
+    model = config["model"]
+    return not model.get("reward_path") and model.get("reward_start", "sft") == "sft"
 
 
 def training_rows(command: str, config: dict[str, Any]) -> list[list[str]]:
@@ -121,7 +139,8 @@ def setting_rows(command: str, config: dict[str, Any]) -> Rows:
         found.append(("algorithm", _listed(config["algo"])))
     if command != "train-sft":
         found.append(("reward", _listed(config["reward"])))
-    peft = config.get("peft") or {"name": "none"}
+    # Learning rates stand in the table as they were used, so the factor in them would mislead.
+    peft = {key: value for key, value in (config.get("peft") or {"name": "none"}).items() if key != FACTOR}
     found.append(("trained weights", "all" if peft["name"] == "none" else _listed(peft)))
     if command == "align":
         generation = config["generation"]

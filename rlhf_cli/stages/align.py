@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, SplitConfig
 from rlhf_cli.data.encode import encode_pairs, encode_prompts, trainer_rows
 from rlhf_cli.models.adapters import save_model
@@ -18,13 +19,16 @@ from rlhf_cli.stages.role_models import critic_model
 from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
 from rlhf_cli.store import read_json, write_json
-from rlhf_cli.trainers.common import Reporter, fit, reading
+from rlhf_cli.trainers import engines
+from rlhf_cli.trainers.common import Reporter, fit, reading, resolve_device
 
 logger = logging.getLogger(__name__)
 
 
 def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None = None) -> Path:
     """Provide SFT policy and reward model, align a policy, measure it, and leave everything in the run folder."""
+    if isinstance(cfg.algo, OnlineAlgoConfig):
+        engines.require(cfg.generation, resolve_device(cfg.device))
     with open_run(cfg, "align", cfg.algo.name, overrides, config_dir) as session:
         if not session.finished:
             footprint.announce(cfg)
@@ -38,7 +42,7 @@ def _align(cfg: AlignConfig, session: Session) -> None:
     announce(work, session)
     seed_everything(cfg.seed)
     policy = work.models.policy
-    trainer = _trainer(work, policy, session.directory / "checkpoints")
+    trainer = _trainer(work, policy, ranks.shared(session.directory / "checkpoints"))
     best = Best(session.directory, work)
     every = (cfg.trainer.online if work.algorithm.family == "online" else cfg.trainer.pairwise).eval_every_steps
     follow = _follow(work, policy, best)
@@ -46,7 +50,8 @@ def _align(cfg: AlignConfig, session: Session) -> None:
     fit(trainer, reporter, rewind=session.run.rewind)
     save_model(policy, session.directory / "model")
     work.tokenizer.save_pretrained(session.directory / "model")
-    measure(work, policy, session.directory / "model", session, best.metrics())
+    ranks.barrier()
+    measure(work, policy, ranks.shared(session.directory / "model"), session, best.metrics())
 
 
 class Best:
@@ -62,7 +67,7 @@ class Best:
 
     def offer(self, policy: Any, metrics: dict[str, float], step: int) -> None:
         """Save `policy` if it is better than every earlier one; step 0 is the reference and does not count."""
-        before = read_json(self.path)
+        before = ranks.on_main(lambda: read_json(self.path))
         again = before is not None and before["best/step"] >= step
         if step == 0 or (before is not None and not again and metrics[self.key] >= before[f"best/{self.key}"]):
             return
@@ -75,13 +80,14 @@ class Best:
 
     def metrics(self) -> dict[str, float]:
         """Return step and metrics of the best policy."""
-        return {key: float(value) for key, value in (read_json(self.path) or {}).items()}
+        found = ranks.on_main(lambda: read_json(self.path)) or {}
+        return {key: float(value) for key, value in found.items()}
 
 
 def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[str, float]]:
     def evaluate(step: int) -> dict[str, float]:
         with reading(policy):
-            metrics = work.metrics_while_training(policy)
+            metrics = ranks.broadcast(work.metrics_while_training(policy))  # alike on all, but for rounding
         best.offer(policy, metrics, step)
         return metrics
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, GenerationConfig
 
 from rlhf_cli import hub
 from rlhf_cli.data.encode import encode_prompt
-from rlhf_cli.errors import ConfigError, RunError
+from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings, is_adapter, merged, open_adapter
 from rlhf_cli.models.calibration import CALIBRATION_FILE
 from rlhf_cli.models.classifier import load_reward_model, new_reward_model
@@ -24,7 +24,8 @@ from rlhf_cli.models.loading import REFUSALS, Loading, reason
 from rlhf_cli.models.policy import load_policy, load_tokenizer
 from rlhf_cli.models.reward import CENTRE_FILE, load_centre
 from rlhf_cli.report.card import Facts, model_card
-from rlhf_cli.stages import results, trust
+from rlhf_cli.report.card_names import on_hub
+from rlhf_cli.stages import push_to_hub, results, trust
 from rlhf_cli.stages.finished_run import MARKER, FinishedRun, model_of, prompt_form
 from rlhf_cli.stages.session import quiet_libraries, replace_folder, say, warnings_of
 from rlhf_cli.store import check_folder, make_folder, read_json, write_json, write_text
@@ -59,7 +60,7 @@ def run(
         RunError: the run has no such model, the folder is in use, or pushing failed.
     """
     quiet_libraries()
-    _check_repository(push, private)
+    push_to_hub.check(push, private)
     source = model_of(finished, wanted.checkpoint)
     _check_adapter(source, wanted)
     folder = out or finished.folder / "export"
@@ -69,41 +70,46 @@ def run(
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial, "OUT")
     try:
-        tokenizer = load_tokenizer(source, training=False)
-        dtype = _write_model(finished, source, tokenizer, partial, wanted)
-        facts = _facts(finished, tokenizer, partial, wanted, push or folder.name)
-        card = model_card(replace(facts, dtype=dtype))
-        write_text(partial / CARD, own_card or card)
-        # Of the card as it was made: an edited one stays known as edited.
-        made = {**made_from, "prompts": facts.form, "card": sha256(card.encode()).hexdigest()}
-        write_json(partial / MARKER, made)
+        _write(finished, source, wanted, partial, push or folder.name, own_card, made_from)
         replace_folder(partial, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise RunError(f"{folder} cannot be written", why, "make room, or choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if own_card is not None:
         say(f"kept: your {CARD}")
     say(f"export: {folder}")
     if push is not None:
-        say(f"pushed: {upload(folder, push, private)}")
+        say(f"pushed: {push_to_hub.upload(folder, push, private)}")
     return folder
 
 
-def _check_repository(push: str | None, private: bool) -> None:
-    """Refuse a name that no repository can have.
+def _write(
+    finished: FinishedRun,
+    source: Path,
+    wanted: Wanted,
+    folder: Path,
+    place: str,
+    own_card: str | None,
+    made_from: dict[str, Any],
+) -> None:
+    """Write everything of an export into `folder`.
 
     Raises:
-        ConfigError: naming it.
+        RunError: the model cannot be opened.
+        OSError, SafetensorError: a file cannot be written.
     """
-    if push is None:
-        if private:
-            raise ConfigError("--private says how to push", "--push is not given", "Add --push USER/NAME")
-        return
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(push)
-    except HFValidationError as error:
-        raise ConfigError(f"--push {push} is no name of a repository", str(error), "Write --push USER/NAME") from None
+    tokenizer = load_tokenizer(source, training=False)
+    dtype = _write_model(finished, source, tokenizer, folder, wanted)
+    facts = _facts(finished, tokenizer, folder, wanted, place)
+    card = model_card(replace(facts, dtype=dtype))
+    write_text(folder / CARD, own_card or card)
+    # Of the card as it was made: an edited one stays known as edited.
+    made = {**made_from, "prompts": facts.form, "card": sha256(card.encode()).hexdigest()}
+    write_json(folder / MARKER, made)
+    for path in folder.iterdir():  # safetensors makes files for their owner alone
+        path.chmod((folder / MARKER).stat().st_mode)
 
 
 def _check_adapter(source: Path, wanted: Wanted) -> None:
@@ -131,6 +137,8 @@ def _check_place(folder: Path, made_from: dict[str, Any]) -> str | None:
         RunError: the folder cannot be written, holds something else, or holds another export with an edited card.
     """
     check_folder(folder, "OUT")
+    if folder.resolve() == Path.cwd():
+        raise RunError(f"OUT={folder} is the folder you are in", "it would be replaced", "choose another")
     if not folder.exists() or not any(folder.iterdir()):
         return None
     before = read_json(folder / MARKER)
@@ -255,29 +263,18 @@ def _facts(finished: FinishedRun, tokenizer: Any, folder: Path, wanted: Wanted, 
         calibrated=(folder / CALIBRATION_FILE).is_file(),
         data_hash=(finished.manifest.get("identity") or {}).get("data"),
         base=wanted.adapter,
+        local=_local_names(finished),
     )
 
 
-def upload(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export to a repository of the Hub, made if it is not there, and return its address.
-
-    Raises:
-        RunError: nobody is logged in, the Hub is out of reach, or it refuses; the folder stays as it is.
-    """
-    from huggingface_hub import HfApi, get_token
-
-    stays = f"the export stays in {folder}"
-    if not hub.reachable():
-        todo = "check the network, and that HF_HUB_OFFLINE is not set; then run the command again"
-        raise RunError(f"--push {repository}: the Hub is out of reach", stays, todo)
-    if get_token() is None:
-        todo = "log in with `hf auth login`, or set HF_TOKEN; then run the command again"
-        raise RunError(f"--push {repository}: nobody is logged in to the Hub", stays, todo)
-    try:
-        api = HfApi()
-        made = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder)
-    except Exception as error:  # a broken line shows in many ways, of other libraries too
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"--push {repository} failed: {reason}", stays, "then run the command again") from error
-    return str(made)
+def _local_names(finished: FinishedRun) -> frozenset[str]:
+    """Return what its config names that is a file or folder here, though its name looks like one of the Hub."""
+    model, dataset = finished.config["model"], finished.config["dataset"]
+    parts = [source.get("path") for source in dataset.get("sources") or [dataset]]
+    named = {name for name in [model["path"], model.get("reward_path"), *parts] if name and on_hub(name)}
+    # The export may be made from another folder than the run was.
+    roots = [Path(), *finished.folder.resolve().parents]
+    found = {name for name in named if any((root / name).exists() for root in roots)}
+    digest = (finished.manifest.get("identity") or {}).get("data") or ""
+    local_data = {dataset["path"]} if dataset.get("path") in named and digest and "@" not in digest else set()
+    return frozenset(found | local_data)

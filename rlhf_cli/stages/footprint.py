@@ -32,6 +32,7 @@ from rlhf_cli.store import Store
 
 GB = 1e9
 WORTH = 0.95  # a remedy is named if it takes the peak below this share of itself
+SHOWN = 0.01  # a part of a phase is named from this share of it
 
 
 def announce(cfg: CommandConfig) -> None:
@@ -95,8 +96,15 @@ def report(cfg: CommandConfig, stages: list[str]) -> list[str]:
     lines.append(f"  total {_gb(largest.total)} of {_gb(free)} free ({_gb(total_memory(device))} in all): {verdict}")
     if fits:
         return lines
-    cures = "; ".join(remedies(cfg, largest, free)) or "a smaller model, shorter rows"
-    return [*lines, f"  watch out: {largest.stage} needs more memory than {device} has free; what lowers it: {cures}"]
+    others = [stage for stage, one in found.items() if free < one.total < largest.total]
+    also = f", as {'do' if len(others) > 1 else 'does'} {' and '.join(others)}" if others else ""
+    lines.append(f"  watch out: {largest.stage} needs more memory than {device} has free{also}; what lowers it:")
+    cures = remedies(cfg, largest, free) or {"a smaller model, shorter rows": 0.0}
+    width = max(len(setting) for setting in cures)
+    return [
+        *lines,
+        *(f"    {setting:<{width}}  {_gb(total) if total else ''}".rstrip() for setting, total in cures.items()),
+    ]
 
 
 def table(found: Estimate) -> list[str]:
@@ -110,33 +118,32 @@ def table(found: Estimate) -> list[str]:
     for phase in found.phases:
         parts = {"activations": phase.activations, "logits": phase.logits, "cache": phase.cache}
         parts["gradients"] = phase.gradients
-        shown = ", ".join(f"{name} {_gb(value)}" for name, value in parts.items() if value)
-        lines.append(f"  {phase.phase:<36}{_gb(phase.total):>6}  ({shown})" + (" <-" if phase is found.largest else ""))
+        shown = ", ".join(f"{name} {_gb(value)}" for name, value in parts.items() if value >= SHOWN * phase.total)
+        mark = "  <- the largest" if phase is found.largest and len(found.phases) > 1 else ""
+        lines.append(f"  {phase.phase:<36}{_gb(phase.total):>6}  ({shown}){mark}")
     return lines
 
 
-def remedies(cfg: CommandConfig, found: Estimate, free: float) -> list[str]:
+def remedies(cfg: CommandConfig, found: Estimate, free: float) -> dict[str, float]:
     """Return the settings that lower a stage's peak, each with the peak it gives, those first that cost least.
 
     Where none of them is enough by itself, the last one is all of them together, as far as they are needed.
     """
     policy, reward = shapes(cfg)
     start = together = plan_of(cfg, found.stage)
-    lines: list[str] = []
-    used: list[str] = []
+    totals: dict[str, float] = {}
     for setting, change in _changes(cfg, found):
         total = estimate(change(start), policy, reward).total
         if total >= WORTH * found.total:
             continue
-        lines.append(f"{setting} -> {_gb(total)} GB")
-        used, together = [*used, setting], change(together)
+        totals[setting], together = total, change(together)
         if total <= free:
-            return lines
-        all_of_them = estimate(together, policy, reward).total
-        if len(used) > 1 and all_of_them <= free:
-            words = dict.fromkeys(" ".join(used).split())  # peft=lora once
-            return [*lines, f"{' '.join(words)} -> {_gb(all_of_them)} GB"]
-    return lines
+            return totals
+        all_of_them = estimate(together, policy, reward).total if len(totals) > 1 else total
+        if all_of_them <= free:
+            words = dict.fromkeys(" ".join(totals).split())  # peft=lora once
+            return {**totals, " ".join(words): all_of_them}
+    return totals
 
 
 def _changes(cfg: CommandConfig, found: Estimate) -> Iterator[tuple[str, Callable[[Plan], Plan]]]:

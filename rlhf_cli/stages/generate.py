@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 
 from rlhf_cli.config.schema import AlignConfig, ModelConfig
 from rlhf_cli.data.dialogue import HUMAN
@@ -115,8 +114,7 @@ class Speakers:
 
     def _drawn(self, model: Any, asked: list[list[int]], seed: int) -> list[list[int]]:
         def compute(part: list[int]) -> list[list[int]]:
-            own = int(np.random.SeedSequence([seed, part[0]]).generate_state(1)[0])
-            return draw(model, [asked[index] for index in part], self.how, own)
+            return draw(model, [asked[index] for index in part], self.how, seed, part)
 
         return in_batches(range(len(asked)), compute, BATCH)
 

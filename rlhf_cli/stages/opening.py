@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from rlhf_cli.config.schema import CommandConfig, LoraConfig
-from rlhf_cli.errors import ConfigError
 from rlhf_cli.models.adapters import with_adapter
 from rlhf_cli.models.folders import base_folder
 from rlhf_cli.models.loading import Loading, loading
@@ -43,14 +42,8 @@ def reward_start(cfg: CommandConfig, sft: Path) -> Path:
     """Return the folder of the model that the reward model starts from: the SFT policy, or a base.
 
     Raises:
-        ConfigError: it is to start from the base of a policy that was made, not loaded.
         RunError: the base is not within reach.
     """
     if cfg.model.reward_path is None and cfg.model.reward_start == "sft":
         return sft / "model"
-    if cfg.model.reward_path is None and cfg.model.path is None:
-        raise ConfigError(
-            f"model.reward_start=base needs a base, and model={cfg.model.name} is made from nothing",
-            todo="Use model.reward_start=sft, or name one: model.reward_path=FOLDER",
-        )
     return base_folder(cfg.model, reward=True)

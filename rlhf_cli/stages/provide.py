@@ -16,7 +16,6 @@ from rlhf_cli.rewards.bt import Config as BtConfig
 from rlhf_cli.rewards.warm import Config as WarmConfig
 from rlhf_cli.stages import priors, train_rm, train_sft, warm
 from rlhf_cli.stages.log import StageLog
-from rlhf_cli.stages.opening import reward_start
 from rlhf_cli.store import Store
 from rlhf_cli.trainers.common import Log
 
@@ -24,21 +23,22 @@ FORMAT = 3  # raised when a stage is built differently, so that old ones are not
 # dataset keys that no earlier stage reads
 MEASURING_ONLY = ("closed_vocabulary", "eval_prompts", "eval_samples", "pool_samples")
 REWARD_ONLY = ("reward_path", "reward_start", "share_base")  # model keys that SFT does not read
+LOADED = ("dtype", "chat_template")  # model keys that SFT reads of a model that is loaded, not made
 JUDGING_ONLY = ("length_bias", "ranking_size")  # dataset keys that SFT does not read
 
 
 def sft_identity(cfg: CommandConfig) -> dict[str, Any]:
     """Return what determines the SFT policy: model, data, optimisation, seed."""
     dataset = {key: value for key, value in dataset_identity(cfg).items() if key not in JUDGING_ONLY}
-    model = {key: value for key, value in identity(cfg.model).items() if key not in REWARD_ONLY}
-    what = {"format": FORMAT, "seed": cfg.seed, "model": model, "dataset": dataset, "sft": identity(cfg.trainer.sft)}
+    settings = {key: value for key, value in identity(cfg.model).items() if key not in REWARD_ONLY}
+    what = {"format": FORMAT, "seed": cfg.seed, "model": settings, "dataset": dataset, "sft": identity(cfg.trainer.sft)}
     if cfg.model.path is None:
         return what  # a model that is made is trained whole
-    model["path"] = base_identity(base_folder(cfg.model))  # what it holds, wherever it lies
+    model = {key: settings[key] for key in LOADED} | {"path": base_identity(base_folder(cfg.model))}
     template = Path(cfg.model.chat_template).expanduser()
     if template.is_file():
         model["chat_template"] = template.read_text(encoding="utf-8")
-    return {**what, **_peft_identity(cfg)}
+    return {**what, "model": model, **_peft_identity(cfg)}
 
 
 def _peft_identity(cfg: CommandConfig) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def rm_identity(cfg: TrainRmConfig) -> dict[str, Any]:
         reward["encoder"] = priors.encoder_identity(reward["encoder"])
     own = own_modules(cfg).get("reward")
     what = {**sft_identity(cfg), "dataset": dataset_identity(cfg), "reward": reward, "rm": identity(cfg.trainer.rm)}
-    what |= _peft_identity(cfg)
+    what |= {"init_std": cfg.model.init_std, **_peft_identity(cfg)}
     if cfg.model.reward_path is not None or cfg.model.reward_start == "base":
-        what["base"] = base_identity(reward_start(cfg, Path()))
+        what["base"] = base_identity(base_folder(cfg.model, reward=True))
     return {**what, **({"own_module": own} if own else {})}
 
 
@@ -113,7 +113,7 @@ def _provide(
     build: Callable[[Path, StageLog], None],
     log: Log | None,
 ) -> Path:
-    with Store(Path(cfg.store_dir)).building(stage, what) as building:
+    with Store(Path(cfg.store_dir)).building_together(stage, what) as building:
         if building.ready:
             if log is not None:
                 StageLog(building.path).replay(log)

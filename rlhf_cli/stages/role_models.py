@@ -8,7 +8,6 @@ from typing import Any
 
 from rlhf_cli.config.schema import AlignConfig, LoraConfig
 from rlhf_cli.data.rows import PreferenceData
-from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import (
     WithoutAdapter,
     adapter_base,
@@ -74,22 +73,12 @@ def training_models(cfg: AlignConfig, roles: Roles, data: PreferenceData, tokeni
     say(f"policy: adapter of {count:,} parameters ({share:.2%}) on the reference")
     shared = SharedBase(policy, roles.reference) if cfg.model.share_base else None
     if shared is not None and roles.rewards:
-        reward_model = _only_adapter(shared, roles)
-        device = resolve_device(cfg.device)
-        reward = model_reward(cfg, data, tokenizer, roles.rewards[0], device, model=reward_model)
+        (folder,) = roles.rewards  # rules.py has refused reward models that are several, or averaged
+        reward_model, device = shared.reward_model(folder), resolve_device(cfg.device)
+        reward = model_reward(cfg, data, tokenizer, folder, device, model=reward_model)
         return RoleModels(WithoutAdapter(policy), reward, policy, shared, reward_model)
     reward = read_reward(cfg, data, tokenizer, roles.rewards, resolve_device(cfg.device))
     return RoleModels(WithoutAdapter(policy), reward, policy, shared)
-
-
-def _only_adapter(shared: SharedBase, roles: Roles) -> RoleModel:
-    if len(roles.rewards) > 1:
-        raise RunError(
-            f"model.share_base=true: {len(roles.rewards)} reward models are read",
-            "each role is one adapter on the base",
-            "use one reward model, such as reward=bt, or model.share_base=false",
-        )
-    return shared.reward_model(roles.rewards[0])
 
 
 def critic_model(cfg: AlignConfig, roles: Roles, models: RoleModels, tokenizer: Any) -> Critic:

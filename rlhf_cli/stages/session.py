@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import ranks
 from rlhf_cli.config.compose import as_dict, identity, own_modules
 from rlhf_cli.config.schema import AlignConfig, CommandConfig
 from rlhf_cli.data import content, load
@@ -39,11 +40,12 @@ class Session:
         if isinstance(error, UserError) and self.fresh and not self.run.path("training_log.jsonl").exists():
             shutil.rmtree(self.directory, ignore_errors=True)
         elif isinstance(error, Exception):  # not an interruption
-            error.add_note(f"{RUN_FOLDER}{self.directory}")
+            error.add_note(f"{RUN_FOLDER}{ranks.shared(self.directory)}")
 
     def adopt(self, stage: Path, name: str) -> None:
         """Copy a finished stage from the store into the run folder: model/, metrics."""
-        copy_model(stage / "model", self.directory / "model")
+        if ranks.is_main():
+            copy_model(stage / "model", self.directory / "model")
         self.run.write_metrics(json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
         say(f"{name}: {stage}")
 
@@ -78,7 +80,7 @@ def open_run(
         resolve_device(cfg.device)  # all refuse here, before anything is written or a tracker starts
         check_calibration(cfg, load(cfg.dataset))
         priors.check(cfg)
-    fresh = not directory.exists()
+    fresh = ranks.is_main() and not directory.exists()
     run = Run.open(
         directory,
         command=command,

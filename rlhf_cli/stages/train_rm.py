@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_cli import rewards
+from rlhf_cli import ranks, rewards
 from rlhf_cli.config.schema import QLoraConfig, TrainedRewardConfig, TrainRmConfig
 from rlhf_cli.metrics.calibration import logistic_loss, right_side
 from rlhf_cli.models.adapters import plain, save_model
@@ -59,15 +59,15 @@ def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: in
     rows = data.training_set(loss, sft, np.random.default_rng(seed), folder / "checkpoints")
     require_batch(rows, cfg.trainer.rm.batch_size, "reward judgements", "trainer.rm.batch_size")
     trainer = reward_trainer(
-        model, data.tokenizer, rows, loss, cfg.reward, cfg.trainer.rm, folder=folder / "checkpoints", seed=seed,
-        computing=computing(cfg),
+        model, data.tokenizer, rows, loss, cfg.reward, cfg.trainer.rm, folder=ranks.shared(folder / "checkpoints"),
+        seed=seed, computing=computing(cfg),
     )  # fmt: skip
     title = "reward model" if member == 0 else f"reward model, member {member}"
     fit(trainer, Reporter(title, log, rename=_names), rewind=log.rewind)
     save_model(model, folder / "model")
     if isinstance(cfg.peft, QLoraConfig):  # read as it will be: on the base as it is
         del trainer
-        model = load_reward_model(folder / "model", how=frozen(cfg))
+        model = load_reward_model(ranks.shared(folder / "model"), how=frozen(cfg))
     finish(data, plain(model), folder, log)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import CommandConfig, LoraConfig, MadeModelConfig, TrainSftConfig
 from rlhf_cli.data import load
 from rlhf_cli.data.encode import encode_demonstrations, fit_to_context, trainer_rows
@@ -53,21 +54,28 @@ def build(cfg: CommandConfig, folder: Path, log: StageLog) -> None:
     data = fit_to_context(loaded, tokenizer, cfg.dataset)
     say_statistics(loaded, tokenizer, cfg.dataset, data)
     if base is not None and cfg.trainer.sft.max_steps == 0:
-        _save(_whole(cfg, base, tokenizer), tokenizer, folder)
+        if ranks.is_main():
+            _whole(cfg, base, tokenizer).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
         log.write_metrics(dropped(data))
         return
     require_batch(data.demonstrations, cfg.trainer.sft.batch_size, "demonstrations", "trainer.sft.batch_size")
     policy = _policy(cfg, base, tokenizer)
     rows = encode_demonstrations(data.demonstrations, tokenizer, cfg.dataset)
-    places: dict[str, Any] = {"folder": folder / "checkpoints", "seed": cfg.seed, "computing": computing(cfg)}
+    checkpoints = ranks.shared(folder / "checkpoints")
+    places: dict[str, Any] = {"folder": checkpoints, "seed": cfg.seed, "computing": computing(cfg)}
     trainer = sft_trainer(policy, tokenizer, trainer_rows(rows), cfg.trainer.sft, **places)
     fit(trainer, Reporter("SFT", log, rename=_names), rewind=log.rewind)
     last_loss = _last_loss(trainer)
     if base is not None and isinstance(cfg.peft, LoraConfig):
-        save_model(policy, folder / "checkpoints" / ADAPTER)
+        save_model(policy, checkpoints / ADAPTER)
         del trainer, policy  # the base is loaded again, neither quantised nor rounded, for the adapter to go into
-        policy = merged(open_adapter(_whole(cfg, base, tokenizer), folder / "checkpoints" / ADAPTER))
-    _save(policy, tokenizer, folder)
+        if ranks.is_main():
+            whole = merged(open_adapter(_whole(cfg, base, tokenizer), checkpoints / ADAPTER))
+            whole.save_pretrained(folder / "model")
+    else:
+        save_model(policy, folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     log.write_metrics({"sft/loss": last_loss, "data/demonstrations": len(rows), **dropped(data)})
 
 
@@ -86,11 +94,6 @@ def _whole(cfg: CommandConfig, base: Path, tokenizer: Any) -> Any:
     policy = load_policy(base, how=replace(frozen(cfg).trained(), device="cpu"))
     fit_embedding(policy, tokenizer)
     return policy
-
-
-def _save(policy: Any, tokenizer: Any, folder: Path) -> None:
-    policy.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
 
 
 def made(cfg: CommandConfig) -> MadeModelConfig:

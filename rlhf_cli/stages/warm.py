@@ -11,7 +11,7 @@ import torch
 
 from rlhf_cli.config.schema import TrainRmConfig
 from rlhf_cli.metrics.calibration import expected_calibration_error, logistic_loss, right_side
-from rlhf_cli.models.adapters import adapter_base, is_adapter, merged, open_adapter
+from rlhf_cli.models.adapters import adapter_base, is_adapter, merged, open_adapter, save_model
 from rlhf_cli.models.reward import ModelReward, load_reward_model, new_reward_model
 from rlhf_cli.rewards.warm import average_weights
 from rlhf_cli.stages.judgements import Judgements
@@ -29,7 +29,7 @@ def build(cfg: TrainRmConfig, sft: Path, members: list[Path], folder: Path, log:
     weights = average_weights([_whole(member).state_dict() for member in members])
     averaged = _whole(members[0])
     averaged.load_state_dict(weights)
-    averaged.save_pretrained(folder / "model")
+    save_model(averaged, folder / "model")
     finish(data, averaged.to(device), folder, log, more=found)
 
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from torch.utils.data import RandomSampler, Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import StageTraining
-from rlhf_cli.errors import RunError
-from rlhf_cli.models.adapters import CHECKPOINTING, save_model
+from rlhf_cli.errors import ConfigError, RunError
+from rlhf_cli.models.adapters import CHECKPOINTING, write_model
 from rlhf_cli.run import latest_checkpoint, mark_complete
 
 TRL_REFERENCE = "ref"  # name of the adapter that TRL adds
@@ -49,18 +52,51 @@ class Computing:
     gradient_checkpointing: bool = False
 
 
-def training_arguments(block: StageTraining, *, folder: Path, seed: int, computing: Computing) -> dict[str, Any]:
-    """Return the keyword arguments of a TRL config for one stage.
+def share_of_batch(block: StageTraining, name: str) -> tuple[int, int]:
+    """Return how one rank does its share of a batch: rows of a micro-batch, and micro-batches.
+
+    `batch_size` is what an optimizer step learns from, whatever the number of ranks; `micro_batch_size` is the most
+    that one of them holds at a time.
+
+    Args:
+        block: of the stage.
+        name: of the block, in words of the config: sft, rm, online or pairwise.
+
+    Raises:
+        ConfigError: the ranks cannot have equal shares, or a share is no multiple of the micro-batch.
+    """
+    world = ranks.world()
+    share, rest = divmod(block.batch_size, world)
+    if rest or not share:
+        raise ConfigError(
+            f"trainer.{name}.batch_size={block.batch_size} cannot be shared equally by {world} processes",
+            "It is the batch of one optimizer step, over all of them",
+            f"Use a multiple of {world}, or another launch.processes",
+        )
+    micro = min(block.micro_batch_size or share, share)
+    if share % micro:
+        raise ConfigError(
+            f"trainer.{name}.micro_batch_size={micro} does not divide the {share} rows that each of {world} processes "
+            f"has of trainer.{name}.batch_size={block.batch_size}",
+            todo=f"Use a divisor of {share}",
+        )
+    return micro, share // micro
+
+
+def training_arguments(
+    block: StageTraining, name: str, *, folder: Path, seed: int, computing: Computing
+) -> dict[str, Any]:
+    """Return the keyword arguments of a TRL config for one stage; `name` is its block's (sft, rm, ...).
 
     TRL's own defaults (bf16, gradient checkpointing) fail or slow down on a CPU and are set explicitly.
     """
-    micro = block.micro_batch_size or block.batch_size
+    micro, accumulated = share_of_batch(block, name)
     length = {"max_steps": block.max_steps} if block.max_steps else {"num_train_epochs": block.epochs}
     return {
         **length,
         "output_dir": str(folder),
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": block.batch_size // micro,
+        "gradient_accumulation_steps": accumulated,
         "learning_rate": block.learning_rate,
         "lr_scheduler_type": block.lr_scheduler,
         "warmup_steps": block.warmup_fraction,
@@ -94,6 +130,19 @@ def reading(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+class WholeBatches:
+    """Mixin: every optimizer step has a whole batch, the same rows for any number of ranks and size of micro-batch.
+
+    The last batch of a pass is filled up with rows of a new order: a part of one would weigh its rows more, and ranks
+    would have unequal shares of it.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        data, args = self.train_dataset if train_dataset is None else train_dataset, self.args  # type: ignore[attr-defined]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return RandomSampler(data, num_samples=-(-len(data) // batch) * batch)
+
+
 class WholeCheckpoints:
     """Mixin: a checkpoint counts once everything in it is written; no model card is written into it.
 
@@ -104,8 +153,10 @@ class WholeCheckpoints:
         if not isinstance(self.model, PeftModel):  # type: ignore[attr-defined]
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
+        if not self.args.should_save:  # type: ignore[attr-defined]
+            return
         folder = Path(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
-        save_model(self.model, folder)  # type: ignore[attr-defined]
+        write_model(self.model, folder, state_dict)  # type: ignore[attr-defined]
         self.processing_class.save_pretrained(folder)  # type: ignore[attr-defined]
         torch.save(self.args, folder / TRAINING_ARGS_NAME)  # type: ignore[attr-defined]
 
@@ -113,10 +164,12 @@ class WholeCheckpoints:
         Trainer._save_checkpoint(self, model, trial)  # type: ignore[arg-type]
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
         self.save_extra(folder)
-        mark_complete(folder)
+        ranks.barrier()  # each rank writes the state of its random numbers
+        if ranks.is_main():
+            mark_complete(folder)
 
     def save_extra(self, folder: Path) -> None:
-        """Write what the trainer keeps beside policy and optimizer; nothing by default."""
+        """Write what the trainer keeps beside policy and optimizer, on rank 0; nothing by default."""
 
 
 class Reporter(TrainerCallback):
@@ -136,7 +189,8 @@ class Reporter(TrainerCallback):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=1)
+        shown: dict[str, Any] = {"desc": self.title, "unit": "step", "mininterval": 1, "disable": not ranks.is_main()}
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **shown)
         if self.evaluate is not None and state.global_step == 0:
             self.log(self.evaluate(0), 0)
 
@@ -154,7 +208,7 @@ class Reporter(TrainerCallback):
 
     def _require_finite(self, model: Any, step: int) -> None:
         totals = torch.stack([weight.detach().sum() for weight in model.parameters() if weight.requires_grad])
-        if not bool(totals.isfinite().all()):
+        if not _all_finite(totals):
             raise RunError(
                 f"{self.title} diverged: after step {step} its weights are not finite",
                 "",
@@ -173,6 +227,12 @@ class Reporter(TrainerCallback):
             self.bar.close()
 
 
+def _all_finite(totals: torch.Tensor) -> bool:
+    """Return whether all numbers are finite; of sharded weights, those of this rank's parts."""
+    local = totals.to_local() if isinstance(totals, DTensor) else totals
+    return bool(local.isfinite().all())
+
+
 def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> int:
     """Train from the last whole checkpoint in the trainer's folder, or from the start; return the steps done.
 
@@ -186,7 +246,7 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
-    checkpoint = latest_checkpoint(Path(trainer.args.output_dir))
+    checkpoint = ranks.on_main(lambda: latest_checkpoint(Path(trainer.args.output_dir)))
     rewind(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1)
     if checkpoint is None or not _adopt_finished(trainer, checkpoint):
         try:

@@ -7,6 +7,7 @@ value loss. The private methods overridden here are named once, in tests/test_tr
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +21,8 @@ from rlhf_cli.algos import ppo
 from rlhf_cli.algos.base import masked_sum
 from rlhf_cli.config.schema import OnlineTraining
 from rlhf_cli.models import logps
-from rlhf_cli.models.sampling import sample
 from rlhf_cli.models.tokens import TokenBatch, collate
+from rlhf_cli.trainers import engines
 from rlhf_cli.trainers.common import (
     Computing,
     WholeCheckpoints,
@@ -43,6 +44,7 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
     def __init__(self, parts: OnlineParts, block: OnlineTraining, **kwargs: Any) -> None:
         super().__init__(reward_funcs=cast(Any, parts.reward), **kwargs)
         self.parts, self.block = parts, block
+        self.engine_logps: list[list[float]] | None = None  # of the latest rollouts
         self.cost_weight = parts.algo.beta  # RLOOTrainer.beta is 0: TRL must not load a reference of its own
         rows = cast(Dataset, self.train_dataset)
         self.prompt_ids = dict(zip(rows["prompt"], rows["prompt_ids"], strict=True))
@@ -59,20 +61,10 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         return [self.prompt_ids[prompt] for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids: list, images: Any, multimodal_fields: dict) -> list:
-        generation = self.parts.generation
-        if generation.sampler == "generate" or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        inherited = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields)
         with reading(self.model):
-            return sample(
-                self.accelerator.unwrap_model(self.model),
-                prompt_ids,
-                max_new_tokens=cast(int, self.max_completion_length),
-                temperature=generation.temperature,
-                top_p=generation.top_p,
-                eos_ids=self.eos_token_ids,
-                pad_id=self._tokenizer.pad_token_id,
-                tree=self.parts.tree,
-            )
+            responses, self.engine_logps = engines.draw(self, prompt_ids, inherited)
+        return responses
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         return self.parts.reward([row["prompt_ids"] for row in inputs], completion_ids_list).unsqueeze(-1)
@@ -88,6 +80,9 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         rollout = {name: getattr(batch, name) for name in ROLLOUT_FIELDS}
         rollout["old_logps"], ref_logps = self._read_log_probs(batch)
         rollout |= self._advantages(rollout["old_logps"], ref_logps, batch, scores)
+        if self.engine_logps is not None:
+            weights = engines.weigh(self, self.engine_logps, rollout["old_logps"], batch.response_mask)
+            rollout["advantages"] = rollout["advantages"] * weights
         clip = self.parts.reward_clip
         seen = scores if clip is None else scores.clamp(-clip, clip)
         self._note(**{"reward/mean": seen.mean(), "reward/std": seen.std(), "eos_rate": ended.float().mean()})
@@ -267,6 +262,7 @@ def online_trainer(
         "max_steps": plan.number * plan.steps,
         "save_steps": -(-block.save_every_steps // plan.steps) * plan.steps,  # whole rollouts only
     }
+    longest = max(len(row["prompt_ids"]) for row in prompts) + max_completion_tokens
     args = RLOOConfig(
         **arguments,
         beta=0.0,
@@ -279,6 +275,7 @@ def online_trainer(
         top_p=parts.generation.top_p,
         top_k=0,
         shuffle_dataset=False,
+        **engines.arguments(parts.generation, longest=longest, device=computing.device),
     )
     args.num_generations = algo.num_generations  # 1 is right with a critic; RLOOConfig's own check refuses it
     rows = prompt_schedule(prompts, per_update=plan.prompts, updates=plan.number, seed=seed)

@@ -17,10 +17,16 @@ from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.prefix_tree import PrefixTree
 from rlhf_cli.models.tokens import TokenBatch, collate
 from rlhf_cli.rewards.pcrm import bound_loss
-from rlhf_cli.trainers.common import Computing, WholeCheckpoints, training_arguments, without_reference_adapter
+from rlhf_cli.trainers.common import (
+    Computing,
+    WholeBatches,
+    WholeCheckpoints,
+    training_arguments,
+    without_reference_adapter,
+)
 
 
-class PairwiseTrainer(WholeCheckpoints, DPOTrainer):
+class PairwiseTrainer(WholeBatches, WholeCheckpoints, DPOTrainer):
     """TRL's DPOTrainer whose loss is `Algorithm.pair_loss` on per-token log-probs of policy and reference.
 
     Rows with a `bound` add the prior constraint -log sigmoid(delta* - logit) (arXiv 2404.00978, its DPO form).

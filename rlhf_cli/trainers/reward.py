@@ -15,12 +15,18 @@ from rlhf_cli.models.adapters import plain
 from rlhf_cli.models.reward import last_values, token_values
 from rlhf_cli.models.tokens import TokenBatch, collate, shared_prefix
 from rlhf_cli.rewards.base import PairScores, RewardLoss, centering_penalty, pair_loss
-from rlhf_cli.trainers.common import Computing, WholeCheckpoints, training_arguments, without_reference_adapter
+from rlhf_cli.trainers.common import (
+    Computing,
+    WholeBatches,
+    WholeCheckpoints,
+    training_arguments,
+    without_reference_adapter,
+)
 
 COLUMNS = ("label", "margin", "bound")
 
 
-class LossRewardTrainer(WholeCheckpoints, RewardTrainer):
+class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
     """TRL's RewardTrainer whose loss is a `RewardLoss`, on scores read as alignment reads them (models/reward.py)."""
 
     reward_loss: RewardLoss

@@ -9,11 +9,17 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_cli.config.schema import StageTraining
-from rlhf_cli.trainers.common import Computing, WholeCheckpoints, training_arguments, without_reference_adapter
+from rlhf_cli.trainers.common import (
+    Computing,
+    WholeBatches,
+    WholeCheckpoints,
+    training_arguments,
+    without_reference_adapter,
+)
 
 
-class DemonstrationTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's SFTTrainer with whole checkpoints."""
+class DemonstrationTrainer(WholeBatches, WholeCheckpoints, SFTTrainer):
+    """TRL's SFTTrainer with whole batches and checkpoints."""
 
 
 def sft_trainer(
@@ -39,7 +45,7 @@ def sft_trainer(
     """
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     args = SFTConfig(
-        **training_arguments(block, folder=folder, seed=seed, computing=computing),
+        **training_arguments(block, "sft", folder=folder, seed=seed, computing=computing),
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )

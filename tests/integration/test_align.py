@@ -131,7 +131,7 @@ def test_what_an_algorithm_must_log(name: str, keys: set[str], finished: Finishe
 SETTINGS = {
     "one-response-a-prompt": ["algo=pm", "algo.num_generations=1"],
     "three-responses-a-prompt": ["algo=pm", "algo.num_generations=3", "trainer.online.batch_size=12"],
-    "transformers-generate": ["algo=pm", "generation.sampler=generate", "generation.top_p=0.9"],
+    "transformers-generate": ["algo=pm", "generation=generate", "generation.top_p=0.9"],
     "temperature": ["algo=kl_ppo", "generation.temperature=0.7"],
     "no-reward-clip": ["algo=pm", "reward.clip=null", "reward.negative_share=0"],
     "epochs": ["algo=pm", "trainer.online.max_steps=null", "trainer.online.epochs=4"],

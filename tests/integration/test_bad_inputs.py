@@ -15,6 +15,7 @@ from typer.testing import Result
 
 Rlhf = Callable[..., Result]
 ROWS = [{"prompt": f"Question {i}?", "chosen": f"good answer {i}", "rejected": f"bad reply {i}"} for i in range(40)]
+ASK = [{"role": "user", "content": "Ask"}]
 EQUAL = [{**row, "rejected": row["chosen"]} for row in ROWS]
 TEXT = ["dataset=preferences", "dataset.path=rows.jsonl", "trainer.sft.batch_size=4"]
 
@@ -50,8 +51,8 @@ def align(rlhf: Rlhf) -> Callable[..., Result]:
         (["dataset=preferences", "dataset.path=rows.jsonl", "reward=gold"], "reward=gold needs dataset=survey"),
         (["seed=4294967296"], "seed=4294967296 (set on the command line) is out of range"),
         (
-            ["dataset.closed_vocabulary=true", "generation.sampler=generate"],
-            "dataset.closed_vocabulary=true does not go with generation.sampler=generate",
+            ["dataset.closed_vocabulary=true", "generation.engine=generate"],
+            "dataset.closed_vocabulary=true does not go with generation.engine=generate",
         ),
         (["run_dir=file/run"], "run_dir=file/run cannot be a folder"),
         (["store_dir=file/store"], "store_dir=file/store cannot be a folder"),
@@ -79,17 +80,47 @@ def test_a_value_that_cannot_be(align: Callable[..., Result], overrides: list[st
         (EQUAL, "no usable row in rows.jsonl. all 40 rows were left out: chosen_equals_rejected 40"),
         (ROWS[:3], "rows.jsonl has 3 usable prompts"),
         (ROWS[:8], "too few for one batch of"),
+        (
+            [{"question": "a", "better": "b", "worse": "c"}],
+            "line 1: no column prompt or chosen or rejected. the row's columns are: question, better, worse. give "
+            "every row prompt, chosen, rejected, or say what they are called: dataset.columns.prompt=COLUMN",
+        ),
+        (
+            [*ROWS, {"prompt": ASK, "chosen": "a", "rejected": "b"}],
+            "line 41: a conversation in a file of plain texts. the rows of one file are all messages or all plain text",
+        ),
+        (
+            [{"prompt": ASK, "chosen": "a", "rejected": "b"}, *ROWS],
+            "line 2: plain text in a file of conversations. the rows of one file are all messages or all plain text",
+        ),
+        (
+            [{**row, "prompt": f"{i} " + "why " * 300} for i, row in enumerate(ROWS)],
+            "fits the context. dataset.max_prompt_tokens=",
+        ),
     ],
-    ids=["missing", "empty", "no-rejected", "all-equal", "three-prompts", "less-than-a-batch"],
+    ids=[
+        "missing",
+        "empty",
+        "no-rejected",
+        "all-equal",
+        "three-prompts",
+        "less-than-a-batch",
+        "no-preferences",
+        "plain-then-messages",
+        "messages-then-plain",
+        "all-too-long",
+    ],
 )
 def test_a_file_that_cannot_be_used(
-    align: Callable[..., Result], rows: list[dict[str, Any]] | None, message: str
+    rlhf: Rlhf, align: Callable[..., Result], rows: list[dict[str, Any]] | None, message: str
 ) -> None:
     write_lines(Path("row.jsonl" if rows is None else "rows.jsonl"), rows or [])
     before = files(Path())
     assert message in refused(align(*TEXT))
     assert files(Path()) - {"store"} == before
     nothing_half_trained(Path("store"))
+    if message != "too few for one batch of":
+        assert message in refused(rlhf("data", *TEXT)), "a look at the data says the same"
 
 
 @pytest.mark.usefixtures("no_figures")

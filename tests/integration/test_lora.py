@@ -1,4 +1,4 @@
-"""Adapters end to end: every stage and family of algorithms with LoRA, roles on one base, other bases for the reward."""
+"""Adapters end to end: every stage and family of algorithms, roles on one base, other bases for the reward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = {
     "pm": ["algo=pm"],
     "pm_rloo": ["algo=pm", "algo.advantage=rloo"],
     "pm_gold": ["algo=pm", "reward=gold"],
-    "dpo": ["algo=dpo"],
+    "dpo": ["algo=dpo", "model.dtype=bfloat16"],
 }
 
 
@@ -139,7 +139,8 @@ def test_with_no_sft_steps_the_base_is_the_sft_policy(base: Path, small: Small, 
 def test_members_with_adapters_are_averaged_as_whole_weights(small: Small) -> None:
     run_dir = small("train-rm", *LORA, "reward=warm", "reward.members=2")
     assert not is_adapter(run_dir / "model")
-    with pytest.raises(RunError, match=r"model.share_base=true: the reward model in .* is a whole model"):
+    assert load_reward_model(run_dir / "model").config.hidden_size == 32
+    with pytest.raises(ConfigError, match=r"^reward=warm does not go with model.share_base=true"):
         small("align", *LORA, "reward=warm", "reward.members=2", "model.share_base=true", "algo=pm", name="shared")
 
 
@@ -204,6 +205,11 @@ def test_what_belongs_to_the_reward_does_not_train_sft_again(base: Path, foreign
     assert identities(path, *LORA, "peft.learning_rate_factor=3") == (sft, rm), "it is in the learning rates already"
     assert identities(path, *LORA, "peft.alpha=3")[0] != sft
     assert identities(path)[0] != sft
+    made = ["model.hidden_size=64", "model=pretrained", "dataset=survey", "trainer=survey"]
+    sizes = [text for text in SMALL if not text.startswith("model.")]
+    named = load("align", [*sizes, *SURVEY, *LORA, path, "algo=pm", *made[1:], "model.dtype=float32"])
+    assert provide.sft_identity(named) == sft, "sizes and names mean nothing to a model that is loaded"
+    assert identities(path, *LORA, "model.init_std=0.3") == (sft, {**rm, "init_std": 0.3})
     assert identities(*LORA)[0] == identities()[0], "a model that is made is trained whole"
     assert identities(*LORA)[1] != identities()[1]
 
@@ -216,12 +222,25 @@ def test_a_base_is_known_by_its_content(base: Path, tmp_path: Path) -> None:
     assert identities(f"model.path='{elsewhere}'") != identities(f"model.path='{base}'")
 
 
-def test_qlora_without_bitsandbytes_is_refused_before_a_model_is_opened(
-    base: Path, small: Small, monkeypatch: pytest.MonkeyPatch, trained: list[str]
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_qlora_without_bitsandbytes_is_refused_before_anything_is_trained_and_still_measured(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:
     from rlhf_cli.models import quantisation
 
     monkeypatch.setattr(quantisation, "find_spec", lambda _: None)
     with pytest.raises(RunError, match=r"peft=qlora needs bitsandbytes"):
-        small("train-sft", "peft=qlora", f"model.path='{base}'")
+        small("align", "peft=qlora", "algo=pm", store=tmp_path / "empty")
+    assert trained == []
+    run_dir = small("align", *LORA, "reward=gold", "algo=dpo")
+    assert small("evaluate", "peft=qlora", "reward=gold", f"policy='{run_dir}'", name="evaluated").is_dir()
+
+
+def test_targets_that_match_nothing_are_refused_before_anything_is_trained(
+    small: Small, tmp_path: Path, trained: list[str]
+) -> None:
+    with pytest.raises(RunError, match=r"c_attn matches no linear layer of OPTForCausalLM"):
+        small("align", *LORA, "peft.targets=[c_attn]", "algo=pm", store=tmp_path / "empty")
     assert trained == []

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,12 @@ def test_prior_constraints_on_text(rlhf: Rlhf, dataset: list[str]) -> None:
 def test_data_counts_the_rows(rlhf: Rlhf, dataset: list[str]) -> None:
     result = rlhf("data", *dataset)
     assert result.exit_code == 0, result.output
-    rows = [line.split(maxsplit=1) for line in result.stdout.splitlines() if line.lstrip()[:1].isdigit()]
-    counts = {name: int(count) for count, name in rows}
-    assert sum(counts[name] for name in ("demonstrations", "reward_pairs", "policy_pairs", "heldout_pairs")) == 80
+    rows = [line.split(maxsplit=2) for line in result.stdout.splitlines() if line.lstrip()[:1].isdigit()]
+    counts = {name: int(count) for count, name, _ in rows}
+    used = sum(counts[name] for name in ("demonstrations", "reward_pairs", "policy_pairs", "heldout_pairs"))
+    assert used == 80 - LONG
+    assert f"{LONG}  left out        the prompt is longer than dataset.max_prompt_tokens\n" in result.stdout
+    assert re.search(r"\ntokens of all 80 rows .*\nprompts .* 40  6\.2% left out\nresponses ", result.stdout)
 
 
 def test_a_dataset_named_as_the_other_form_is_recognised(rlhf: Rlhf) -> None:

@@ -35,7 +35,7 @@ from rlhf_cli.models.folders import fingerprint, has_model, is_reward_model
 from rlhf_cli.models.loading import Loading
 from rlhf_cli.models.logps import frozen_token_logps, token_logps
 from rlhf_cli.models.policy import load_policy
-from rlhf_cli.models.quantisation import quantised
+from rlhf_cli.models.quantisation import keep_trainable, quantised
 from rlhf_cli.models.reward import load_reward_model, new_reward_model, sequence_scores, token_values
 from rlhf_cli.models.sampling import sample
 from rlhf_cli.models.tokens import collate
@@ -130,9 +130,9 @@ def test_samplers_and_measures_take_a_policy_with_an_adapter(tmp_path: Path) -> 
     disturb(policy, seed=1)
     save_model(policy, tmp_path / "policy")
     how: Any = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_ids": [EOS], "pad_id": PAD}
+    how["streams"] = range(32)
     drawn = []
     for model in (policy.eval(), load_policy(tmp_path / "policy").eval(), WithoutAdapter(policy)):
-        torch.manual_seed(0)
         drawn.append(sample(model, [[BOS, 4]] * 32, **how))
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
@@ -294,3 +294,21 @@ def test_qlora_says_how_the_base_is_held(bits: str, expected: Any, monkeypatch: 
         assert found.bnb_4bit_use_double_quant
         assert found.bnb_4bit_compute_dtype == torch.bfloat16
     assert quantised(Loading(), LORA) == Loading(), "LoRA holds it as it is"
+
+
+@pytest.mark.parametrize("bits", ["nf4", "fp4", "int8"])
+def test_an_adapter_learns_on_a_quantised_base_that_stays_as_it_is(bits: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_policy().save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, how=quantised(Loading(), replace(QLORA, bits=bits)))
+    assert policy.model.decoder.layers[0].fc1.weight.dtype == (torch.int8 if bits == "int8" else torch.uint8)
+    policy = with_adapter(keep_trainable(policy), LORA, base=tmp_path).train()
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    optimizer = torch.optim.SGD([weight for weight in policy.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        said(policy)  # reading between the steps must not end the training
+        token_logps(policy, BATCH, **READING).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, weight in policy.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}

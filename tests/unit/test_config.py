@@ -159,7 +159,7 @@ REFUSED = {
     "model.heads=5": "hidden_size=64 is not divisible by model.heads=5",
     "algo.num_generations=5": "64 rollouts is not divisible by algo.num_generations=5",
     "algo.advantage=rloo algo.num_generations=1": "rloo needs algo.num_generations >= 2",
-    "dataset.closed_vocabulary=true generation.sampler=generate": "does not go with generation.sampler=generate",
+    "dataset.closed_vocabulary=true generation.engine=generate": "does not go with generation.engine=generate",
     "dataset=preferences": "dataset.path is null",
     "dataset=preferences dataset.path=f dataset.sft_fraction=0.6": "is 1 or more",
     "dataset=hh_rlhf dataset.path=f reward=gold": "reward=gold needs dataset=survey",

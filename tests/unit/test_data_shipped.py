@@ -98,10 +98,11 @@ def test_full_hh_rlhf(cache: Path) -> None:
 
 
 def test_tldr_is_the_converted_copy_with_nested_columns(cache: Path) -> None:
+    post = {"subreddit": "tifu", "site": None, "article": None}
     rows = [
         {
-            "info": {"id": f"t3_{i}", "post": f"Post {i}.", "title": f"Title {i}", "subreddit": "tifu", "site": None},
-            "summaries": [{"text": f" first {i}", "policy": "sup4", "note": "ok"}, {"text": f" second {i}"}],
+            "info": {"id": f"t3_{i}", "post": f"Post {i}.", "title": f"Title {i}", **post},
+            "summaries": [{"text": f" {nth} {i}", "policy": "sup4", "note": "ok"} for nth in ("first", "second")],
             "choice": i % 2,
             "worker": "w",
             "batch": "batch3",
@@ -110,10 +111,13 @@ def test_tldr_is_the_converted_copy_with_nested_columns(cache: Path) -> None:
         }
         for i in range(COUNT)
     ]
+    news = {"id": "x", "post": None, "title": "News", "subreddit": None, "site": "cnn", "article": "Today."}
+    rows.append({**rows[0], "info": news, "batch": "cnndm0"})
     files: dict[str, list[Row]] = {"comparisons/train/0000.parquet": rows, "axis/test/0000.parquet": [{"summary": "x"}]}
     cached(cache, "openai/summarize_from_feedback", files, revision="refs/convert/parquet")
     data = load(dataset("tldr"))
     assert len(judged(data)) == COUNT
+    assert data.dropped == {"empty_prompt": 1}, "news articles are no posts"
     for pair in data.reward_pairs:
         number = int(pair.prompt.split("POST: Post ")[1].split(".")[0])
         assert pair.prompt == f"SUBREDDIT: r/tifu\n\nTITLE: Title {number}\n\nPOST: Post {number}.\n\nTL;DR:"
@@ -192,7 +196,16 @@ def test_dpo_mix_keeps_system_text_and_earlier_turns(cache: Path) -> None:
 def shp_rows(domain: str) -> list[Row]:
     return [
         {"post_id": f"p{i}", "domain": f"{domain}_train", "upvote_ratio": 0.98, "history": f"{domain} {i}?"}
-        | {"c_root_id_A": "a", "c_root_id_B": "b", "score_A": 3, "score_B": 9, "human_ref_A": "A!", "human_ref_B": "B!"}
+        | {
+            "c_root_id_A": "a",
+            "c_root_id_B": "b",
+            "created_at_utc_A": 1636,
+            "created_at_utc_B": 1637,
+            "score_A": 3,
+            "score_B": 9,
+            "human_ref_A": "A!",
+            "human_ref_B": "B!",
+        }
         | {"labels": i % 2, "seconds_difference": 9.0, "score_ratio": 3.0}
         for i in range(COUNT)
     ]

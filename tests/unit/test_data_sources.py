@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -168,13 +169,14 @@ def test_the_data_command_shows_places_counts_and_a_pair(tmp_path: Path, rlhf: C
     write(tmp_path / "own" / "train.jsonl", rows)
     said = rlhf("data", "dataset=preferences", "dataset.path=own")
     assert said.exit_code == 0, said.output
-    assert said.stdout.startswith("preferences\nfrom own, split train\n")
-    assert "       1  dropped: empty_response\n\nprompt:\n  Why " in said.stdout
+    assert said.stdout.startswith("preferences\nfrom own, split train\n\n        2  demonstrations  SFT\n")
+    assert "        1  left out        a response is empty\n" in said.stdout
+    assert re.search(r"\ntokens of all 12 rows .*\nprompts .*\nresponses .* cut\n\nprompt:\n  Why ", said.stdout)
     assert "chosen:\n  very long very" in said.stdout
     assert '[1,399 letters more]\nrejected:\n  the "bad" é\nlabel: 0.75\n' in said.stdout
     parts = rlhf("data", "dataset=mixture", "dataset.parts=[own,own/train.jsonl]")
     assert parts.stdout.startswith("mixture\nfrom own, split train\nfrom own/train.jsonl\n")
-    assert "      12  part: own/train.jsonl\n" in parts.stdout
+    assert "       12  rows of         own/train.jsonl\n" in parts.stdout
 
 
 def test_rows_of_a_folder_may_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

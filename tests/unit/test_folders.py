@@ -138,7 +138,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Exception 
 
         (tmp_path / "snapshot").mkdir()
         (tmp_path / "snapshot" / "model.safetensors").touch()
-        monkeypatch.setattr("rlhf_cli.hub.reachable", lambda: True)
+        monkeypatch.setattr("rlhf_cli.hub.reachable", lambda *_: True)
         monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["model.safetensors"])
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         return asked
@@ -225,6 +225,8 @@ def test_a_local_base_edited_in_place_is_another(folder: Path, name: str) -> Non
     assert base_identity(folder) == before
     (folder / "README.md").write_text("notes")
     assert base_identity(folder) == before
+    os.utime(folder / name, ns=(1, 1))
+    assert base_identity(folder) == before, "copied there at another time"
     (folder / name).write_text("b")
     os.utime(folder / name, ns=(1, 1))
-    assert base_identity(folder) != before
+    assert base_identity(folder) != before, "of the same size and time"

@@ -22,7 +22,8 @@ from typer.testing import Result
 
 from rlhf_cli import hub
 from rlhf_cli.errors import RunError
-from rlhf_cli.hub import check_model, local_folder, reachable
+from rlhf_cli.hub import local_folder, reachable
+from rlhf_cli.models.check import check_model
 from rlhf_cli.models.policy import load_policy
 from rlhf_cli.models.tokenizers import load_tokenizer
 
@@ -36,6 +37,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "SILENT", [])
     hub._unreachable.cache_clear()
     yield
     hub._unreachable.cache_clear()
@@ -46,13 +48,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], object]) -> list[str]:
-    """Replace the request that asks whether the Hub is there; return the addresses that were asked."""
+def answering(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], object] | int = 200) -> list[str]:
+    """Replace the request that asks whether the Hub is there, by a status or a call; return the addresses asked."""
     asked: list[str] = []
 
     def head(url: str, **_: object) -> object:
         asked.append(url)
-        return answer()
+        return SimpleNamespace(status_code=answer) if isinstance(answer, int) else answer()
 
     monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=head))
     return asked
@@ -76,7 +78,7 @@ def cached(tmp_path: Path, kind: str = "models", name: str = "org--model") -> Pa
 
 def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://mirror.example")
-    asked = answering(monkeypatch, lambda: "200")
+    asked = answering(monkeypatch)
     assert reachable()
     assert reachable()
     assert asked == ["https://mirror.example"]
@@ -140,7 +142,7 @@ def test_what_keeps_a_model_away_is_one_line(monkeypatch: pytest.MonkeyPatch, er
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    answering(monkeypatch, lambda: "200")
+    answering(monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["model.safetensors"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(RunError, match=f"^key=org/model.*{expected}") as raised:
@@ -186,7 +188,7 @@ def test_weights_are_fetched_in_one_format(
         (tmp_path / files[0]).touch()
         return str(tmp_path)
 
-    answering(monkeypatch, lambda: "200")
+    answering(monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert local_folder("model.path", "org/model") == tmp_path
@@ -227,60 +229,7 @@ def test_a_dataset_in_the_cache(tmp_path: Path) -> None:
     assert local_folder("dataset.path", "org/rows", kind="dataset", allow=["data/*"]) == snapshot
 
 
-# -- the early check ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        CAUSAL,
-        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-        {"model_type": "opt", "architectures": ["OPTModel"]},
-        {"model_type": "llama"},
-    ],
-)
-def test_a_causal_language_model_passes(tmp_path: Path, config: dict[str, Any]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    check_model("model.path", str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"a BertForMaskedLM \(bert\)"),
-        (
-            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
-            r"a T5ForConditionalGeneration \(t5\)",
-        ),
-        (
-            {"model_type": "opt", "architectures": ["OPTForSequenceClassification"]},
-            r"a OPTForSequenceClassification \(opt\)",
-        ),
-    ],
-)
-def test_another_kind_of_model_is_refused(tmp_path: Path, config: dict[str, Any], what: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunError, match=f"^model.path=.* is {what}, and a causal language model is needed"):
-        check_model("model.path", str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, "holds no config.json. a whole model in Hugging Face layout is needed. name its folder"),
-        ({"model/config.json": "{}"}, "holds no config.json.*set model.path=.*/model"),
-        ({"adapter_config.json": "{}"}, "holds an adapter alone"),
-        ({"config.json": "{"}, "is no model that can be opened. config.json is damaged"),
-        ({"config.json": "[]"}, "is no model that can be opened. config.json is damaged"),
-        ({"config.json": "{}"}, "is no model that can be opened. config.json names no model_type"),
-    ],
-)
-def test_a_folder_without_a_model_is_refused(tmp_path: Path, files: dict[str, str], expected: str) -> None:
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    with pytest.raises(RunError, match=expected):
-        check_model("model.path", str(tmp_path))
+# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_online_the_config_alone_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -291,7 +240,7 @@ def test_online_the_config_alone_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp
         asked.append((name, file))
         return str(tmp_path / file)
 
-    answering(monkeypatch, lambda: "200")
+    answering(monkeypatch)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(RunError, match="BertForMaskedLM"):
         check_model("model.path", "org/model")

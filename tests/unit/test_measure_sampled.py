@@ -214,12 +214,12 @@ def test_interrupted_samples_are_gone_on_with(tmp_path: Path, monkeypatch: pytes
     whole, memo, real = read(), Memo(Store(tmp_path)), sampled.draw
     drawn: list[list[int]] = []
 
-    def draw(policy: Any, prompts: Any, how: Any, seed: int) -> Any:
+    def draw(policy: Any, prompts: Any, *how: Any) -> Any:
         if len(drawn) in (2, 3):  # after two pieces, and after one more
             drawn.append([])
             raise KeyboardInterrupt
         drawn.append([len(ids) for ids in prompts])
-        return real(policy, prompts, how, seed)
+        return real(policy, prompts, *how)
 
     monkeypatch.setattr(sampled, "draw", draw)
     for _ in range(2):
@@ -235,11 +235,11 @@ def test_interrupted_samples_are_gone_on_with(tmp_path: Path, monkeypatch: pytes
 def test_a_piece_that_does_not_fit_the_gpu_is_drawn_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     real, sizes = sampled.draw, []
 
-    def draw(policy: Any, prompts: Any, how: Any, seed: int) -> Any:
+    def draw(policy: Any, prompts: Any, *how: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(policy, prompts, how, seed)
+        return real(policy, prompts, *how)
 
     monkeypatch.setattr(sampled, "draw", draw)
     found = read()

@@ -11,7 +11,7 @@ from tiny_models import BOS, EOS, PAD, VOCAB, tiny_policy
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.logps import frozen_token_logps, vocabulary_logps
 from rlhf_cli.models.prefix_tree import PrefixTree
-from rlhf_cli.models.sampling import draw, sample, trim
+from rlhf_cli.models.sampling import draw, nucleus, row_streams, sample, trim, uniforms
 from rlhf_cli.models.tokens import collate, pad_left
 
 POLICY = tiny_policy()
@@ -25,9 +25,7 @@ def sampled(prompts: list[list[int]], *, seed: int = 0, **changes: Any) -> list[
     settings: dict[str, Any] = {
         "max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_ids": [EOS], "pad_id": PAD
     }  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return sample(POLICY, prompts, **{**settings, **changes})
+    return sample(POLICY, prompts, streams=row_streams(seed, rows=range(len(prompts))), **{**settings, **changes})
 
 
 def total_variation(found: list[list[int]], expected: dict[tuple[int, ...], float]) -> float:
@@ -111,9 +109,8 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.25, 0.3])
 
 
 def shares(top_p: float) -> list[float]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokens = draw(PROBABILITIES.log().expand(20_000, 4), top_p)
+    luck = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = draw(PROBABILITIES.log().expand(20_000, 4), top_p, luck)
     return (torch.bincount(tokens, minlength=4) / len(tokens)).tolist()
 
 
@@ -139,7 +136,7 @@ def test_a_policy_that_diverged_is_named(bad: float, top_p: float) -> None:
     logits = torch.zeros(2, 4)
     logits[1, 2] = bad
     with pytest.raises(RunError, match="probabilities that are not finite. its training diverged. lower the learning"):
-        draw(logits, top_p)
+        draw(logits, top_p, torch.tensor([0.5, 0.5], dtype=torch.float64))
 
 
 def test_top_p_restricts_whole_responses() -> None:

@@ -148,6 +148,8 @@ def test_sharing_the_base_changes_nothing_of_the_training(advantage: str, checkp
     for left, right in zip(curve(apart.trainer), curve(one.trainer), strict=True):
         assert left == pytest.approx(right, abs=1e-4)
         assert left["grad_norm"] > 1e-3
+    start = [curve(found.trainer)[0]["kl/sequence"] for found in (apart, one)]
+    assert start == [0.0, 0.0], "the policy starts as its reference"
     left, right = by_role(apart.policy)["default"], by_role(one.policy)["default"]
     for name, weight in left.items():
         torch.testing.assert_close(weight, right[name], atol=1e-5, rtol=0)

@@ -1,0 +1,46 @@
+"""What one of two real processes finds with rlhf_cli.ranks; run by test_ranks.py, prints json."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def main(folder: Path) -> None:
+    from rlhf_cli import ranks
+
+    me = ranks.rank()
+    found: dict[str, object] = {"rank": me, "local_rank": ranks.local_rank(), "world": ranks.world()}
+    found["is_main"] = ranks.is_main()
+    found["broadcast"] = ranks.broadcast({"run": "a"} if me == 0 else None)
+    found["gather"] = ranks.gather(f"of {me}")
+    found["average"] = ranks.average({"loss": 1.0 + me, f"only_{me}": 5.0}, weight=1 + 2 * me)
+    found["idle"] = ranks.average({"loss": float("nan") if me else 3.0}, weight=1 - me)
+    if me == 0:
+        time.sleep(0.5)
+        (folder / "late").touch()
+    ranks.barrier()
+    found["after_barrier"] = (folder / "late").exists()
+    found["on_main"] = ranks.on_main(lambda: me + 40)
+    found["main_first"] = ranks.main_first(lambda: once(folder, me))
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    found["backend"], found["accelerate"] = dist.get_backend(), PartialState().num_processes
+    ranks.disconnect()
+    found["left"] = not dist.is_initialized()
+    sys.stdout.write(json.dumps(found))
+
+
+def once(folder: Path, me: int) -> str:
+    """Return who made the file that both want."""
+    made = folder / "cache"
+    if not made.exists():
+        made.write_text(str(me))
+    return made.read_text()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""Values between ranks: two real processes over gloo agree; one process alone needs nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_cli import ranks
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each of two processes found."""
+    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).with_name("rank_checks.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {ranks.LAUNCHED: "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)],
+            env={**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    ended = [process.communicate(timeout=100) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    return [json.loads(out) for out, _ in ended]
+
+
+def test_each_knows_its_place(found: list[dict[str, Any]]) -> None:
+    places = [{key: each[key] for key in ("rank", "local_rank", "world", "is_main")} for each in found]
+    assert places == [
+        {"rank": 0, "local_rank": 0, "world": 2, "is_main": True},
+        {"rank": 1, "local_rank": 1, "world": 2, "is_main": False},
+    ]
+
+
+def test_accelerate_sees_the_same_group(found: list[dict[str, Any]]) -> None:
+    assert [(each["backend"], each["accelerate"], each["left"]) for each in found] == [("gloo", 2, True)] * 2
+
+
+def test_values_are_those_of_rank_0(found: list[dict[str, Any]]) -> None:
+    assert [each["broadcast"] for each in found] == [{"run": "a"}] * 2
+    assert [each["on_main"] for each in found] == [40, 40]
+
+
+def test_gathered_values_are_in_the_order_of_ranks(found: list[dict[str, Any]]) -> None:
+    assert [each["gather"] for each in found] == [["of 0", "of 1"]] * 2
+
+
+def test_a_mean_is_weighted_and_over_those_that_have_the_metric(found: list[dict[str, Any]]) -> None:
+    # weights 1 and 3: (1 * 1 + 3 * 2) / 4
+    assert [each["average"] for each in found] == [{"loss": 1.75, "only_0": 5.0, "only_1": 5.0}] * 2
+    assert [each["idle"] for each in found] == [{"loss": 3.0}] * 2, "what counts nothing is not even looked at"
+
+
+def test_a_barrier_waits_for_the_slowest(found: list[dict[str, Any]]) -> None:
+    assert [each["after_barrier"] for each in found] == [True, True]
+
+
+def test_rank_0_goes_first(found: list[dict[str, Any]]) -> None:
+    assert [each["main_first"] for each in found] == ["0", "0"]
+
+
+def test_one_process_is_rank_0_whatever_a_cluster_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ranks.LAUNCHED, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (ranks.rank(), ranks.local_rank(), ranks.world(), ranks.is_main()) == (0, 0, 1, True)
+    ranks.barrier()
+    assert ranks.broadcast("mine") == "mine"
+    assert ranks.gather("mine") == ["mine"]
+    assert ranks.on_main(lambda: 1) == ranks.main_first(lambda: 1) == 1
+    assert ranks.average({"loss": 2.0}, weight=7) == {"loss": 2.0}
+    with pytest.raises(ValueError, match="must be >= 0"):
+        ranks.average({}, weight=-1)
+
+
+def test_asking_for_the_rank_imports_no_torch() -> None:
+    code = "import sys; from rlhf_cli import ranks; ranks.broadcast(ranks.rank()); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
