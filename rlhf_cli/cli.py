@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
@@ -184,8 +185,11 @@ def generate(
     asked = given.Asked(
         samples, max_new_tokens, temperature, top_p, seed, reference, reward, checkpoint.value, device.value
     )
+    if out is not None:
+        given.check_out(out, file)
     found = given.gathered(prompts or [], file, sys.stdin)
-    from rlhf_cli.stages import generate as stage
+    with redirect_stdout(sys.stderr):  # standard output is for answers, and libraries print as they are imported
+        from rlhf_cli.stages import generate as stage
 
     stage.run(run, found, asked, out)
 

@@ -176,7 +176,7 @@ def _model(key: str, given: str, revision: str | None) -> Path:
     folder = _snapshot(given, revision, ignore_patterns=OTHER_FILES)
     if not _whole(folder):
         lacking = [path.name for path in weight_files(folder) if not path.is_file()]
-        raise incomplete(key, given, f"{lacking[0] if lacking else 'its weights'} missing")
+        raise incomplete(key, given, f"{lacking[0]} is missing" if lacking else "its weights are missing")
     return folder
 
 
@@ -201,6 +201,8 @@ def incomplete(key: str, given: str, why: str) -> RunError:
         return RunError(f"the model in {key}={given} is not whole", why, "copy or download the folder again")
     from huggingface_hub import constants
 
+    if not _silence():
+        return RunError(f"{key}={given} is not whole on the Hub", why, f"name another, or set {key}=FOLDER")
     what = f"{key}={given} is in the cache in part ({constants.HF_HUB_CACHE})"
     return RunError(what, f"{why}. {_silence()}", f"set {key}=FOLDER, or run {_download(given, 'model', None)}")
 

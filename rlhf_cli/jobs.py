@@ -19,14 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_cli import data, launch, ranks
+from rlhf_cli import data, launch, objective, ranks
 from rlhf_cli.config import compose, sweeps
 from rlhf_cli.config.catalog import Catalog
 from rlhf_cli.config.naming import job_name, run_name, swept
 from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.config.sweeps import Sweep
 from rlhf_cli.errors import RUN_FOLDER, ConfigError, RankError, RunError, UserError
-from rlhf_cli.metrics import glossary
+from rlhf_cli.launch import gpus
 from rlhf_cli.models import quantisation
 from rlhf_cli.models.check import check_model
 
@@ -49,7 +49,7 @@ def run_one(command: str, overrides: list[str], config_dir: Path | None) -> Path
 
 
 def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir: Path | None) -> Path:
-    """Run one stage, here or as several ranks, and return its run folder; first print, in one line, what is in force."""
+    """Run one stage, here or as several ranks, and return its run folder; first print in one line what is in force."""
     if not ranks.launched():
         _announce(command, cfg)
         _check_inputs(cfg)
@@ -91,8 +91,10 @@ def plan(command: str, overrides: list[str], config_dir: Path | None) -> Sweep:
         ConfigError: the sweep, or a job of it, is not valid.
     """
     sweep = _resolved(command, overrides, config_dir)
+    sweeps.check_launcher(sweep)
     if sweep.sweeper is None:
-        sweeps.jobs(command, sweep, config_dir)
+        first = sweeps.jobs(command, sweep, config_dir)[0]
+        launch.refuse_in_sweep(compose.load(command, first, config_dir))
     return sweep
 
 
@@ -111,39 +113,10 @@ def expand(command: str, overrides: list[str], config_dir: Path | None) -> list[
 
 def _resolved(command: str, overrides: list[str], config_dir: Path | None) -> Sweep:
     sweep = sweeps.resolve(overrides, Catalog(command, config_dir))
-    check_metrics(sweep)
+    objective.check(sweep)
     if sweep.sweeper is not None:
         sweeps.check_sweeper(command, sweep, config_dir)
     return sweep
-
-
-def check_metrics(sweep: Sweep) -> None:
-    """Refuse a metric by which nothing can be ranked, and an objective that training itself lowers.
-
-    Raises:
-        ConfigError: naming the metric.
-    """
-    better = {name: _better(name, getattr(sweep, name)) for name in ("objective", "rank")}
-    key = sweep.objective
-    if key is None:
-        return
-    if key.startswith("train/") or re.search(r"(?<!log_)loss\b", key):
-        why = "Every job lowers its training loss, and jobs with other losses cannot be compared by it"
-        raise ConfigError(f"objective={key} is measured in training", why, "Name a held-out metric: heldout/pm/tv")
-    if "divergence" in key:
-        why = "It is zero for a collapsed policy too"
-        raise ConfigError(f"objective={key} is no objective", why, "Name a distance: heldout/pm/tv")
-    right = "minimize" if better["objective"] == "lower" else "maximize"
-    if sweep.direction != right:
-        why = f"A {better['objective']} value is the better one"
-        raise ConfigError(f"direction={sweep.direction} makes {key} worse", why, f"Write direction: {right}")
-
-
-def _better(name: str, key: str | None) -> str | None:
-    try:
-        return None if key is None else glossary.rankable(key).better
-    except ValueError as error:
-        raise ConfigError(f"{name}={key} cannot rank the jobs of a sweep", str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -156,6 +129,7 @@ class Job:
         config_dir: a user's own directory, or None.
         outcomes: folder for one small json per job.
         sweep: what it is a part of.
+        gpus: those of this machine, of which each job gets its own; empty where something else deals them out.
     """
 
     command: str
@@ -163,6 +137,7 @@ class Job:
     config_dir: Path | None
     outcomes: Path
     sweep: Sweep
+    gpus: tuple[str, ...] = ()
 
     def __call__(self, _: object) -> float | None:
         """Run the job Hydra is at, and return the sweep's objective; a failure ends this job, not its siblings.
@@ -197,9 +172,18 @@ class Job:
             cfg.run_dir = (Path(cfg.run_dir) / name).as_posix()
             quoted = cfg.run_dir.replace("'", "\\'")
             task = [text for text in task if not text.startswith("run_dir=")] + [f"run_dir='{quoted}'"]
+        launch.refuse_in_sweep(cfg)
+        self._pin(cfg)
         cfg.tracker.group = cfg.tracker.group or self.sweep.group
         cfg.tracker.run_name = cfg.tracker.run_name or run_name(self.command, cfg, own)
         return run_stage(self.command, cfg, task, config_dir)
+
+    def _pin(self, cfg: CommandConfig) -> None:
+        """Take GPUs for this process; joblib's serve many jobs, submitit's one, so that there the next can wait."""
+        if self.gpus and cfg.device != "cpu":
+            wanted, wait = getattr(cfg.launch, "processes", None) or 1, self.sweep.launcher != "joblib"
+            number = HydraConfig.get().job.num
+            gpus.pin(list(self.gpus), wanted, self.outcomes.parent, wait=wait, number=number)
 
     def _objective(self, folder: Path) -> float | None:
         """Return the final metric that the sweep optimises, if it optimises one.
@@ -232,21 +216,47 @@ def multirun(command: str, sweep: Sweep, config_dir: Path | None) -> list[dict[s
         "bug"), `reason` (of the failure, one line) and `objective`.
     """
     # A launcher may run jobs on other machines: then the outcomes lie in the working directory, which they share.
-    elsewhere = any(item.key_or_group == "hydra/launcher" for item in compose.parse(list(sweep.grids[0])))
+    elsewhere = sweep.launcher not in {None, "joblib"}
+    mine = tuple(gpus.visible()) if sweep.launcher in {"joblib", "submitit_local"} else ()
     outcomes: dict[str, dict[str, Any]] = {}  # by name: a job that two grids share is one
     with tempfile.TemporaryDirectory(prefix=".rlhf-", dir=Path.cwd() if elsewhere else None) as scratch:
         for number, grid in enumerate(sweep.grids):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            job = Job(command, grid, config_dir, folder, sweep)
-            try:
-                _through_hydra(job, [] if elsewhere else [f"hydra.sweep.dir='{folder}'"])
-            except ValueError:  # Optuna has no best trial to write down where all have failed
-                failures = [outcome["failure"] for outcome in _read(folder)]
-                if sweep.sweeper is None or not failures or None in failures:
-                    raise
-            outcomes |= {outcome["job"]: outcome for outcome in _read(folder)}
+            job = Job(command, grid, config_dir, folder, sweep, mine)
+            lost = _run_grid(job, [] if elsewhere else [f"hydra.sweep.dir='{folder}'"])
+            found = [*_read(folder), *lost]
+            if elsewhere:  # what a job prints is in a file of its launcher
+                for outcome in (outcome for outcome in found if outcome["failure"]):
+                    typer.echo(f"error: {outcome['job']}: {outcome['reason']}", err=True)
+            outcomes |= {outcome["job"]: outcome for outcome in found}
     return list(outcomes.values())
+
+
+def _run_grid(job: Job, places: list[str]) -> list[dict[str, Any]]:
+    """Hand one grid to Hydra, and return the outcomes of jobs that left none: their process was ended."""
+    sweep, folder = job.sweep, job.outcomes
+    try:
+        _through_hydra(job, places)
+    except UserError:
+        raise
+    except Exception as error:
+        left = _read(folder)
+        failures = [outcome["failure"] for outcome in left]
+        if isinstance(error, ValueError) and sweep.sweeper is not None and failures and None not in failures:
+            return []  # Optuna has no best trial to write down where all have failed
+        if sweep.launcher is None or sweep.sweeper is not None:
+            raise
+        names = [job_name(task, job.overrides, sweep.named) for task in sweeps.split(job.overrides)]
+        reason = f"its process was ended: {type(error).__name__}"
+        gone: dict[str, Any] = {"run_dir": None, "failure": "bug", "reason": reason, "objective": None}
+        done = {outcome["job"] for outcome in left}
+        lost = [{"job": name, **gone} for name in names if name not in done]
+        if not lost:
+            raise
+        typer.echo(str(error).strip(), err=True)
+        return lost
+    return []
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

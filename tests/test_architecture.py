@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rlhf_cli"
 
 # A room is a subpackage or a top-level module. A room may import itself and every room of a lower line.
 TIERS = (
-    {"cli", "cli_help", "jobs", "rank_job"},
+    {"cli", "cli_help", "jobs", "objective", "rank_job"},
     {"stages", "launch"},
     {"trainers", "measure", "data", "models", "run", "store", "hub", "tracking", "wandb_run", "report"},
     {"algos", "rewards", "metrics"},
@@ -28,6 +28,7 @@ SIDEWAYS = {
     ("cli", "jobs"),
     ("cli", "cli_help"),
     ("rank_job", "jobs"),
+    ("jobs", "objective"),
     ("trainers", "models"),
     ("trainers", "run"),
     ("measure", "models"),

@@ -25,6 +25,14 @@ FILE_KEYS = ("jobs", "overrides", "rank", "objective", "direction")
 DIRECTIONS = ("minimize", "maximize")
 SWEEPER = "hydra/sweeper"
 OPTUNA_PLUGIN = "hydra-optuna-sweeper"
+LAUNCHER = "hydra/launcher"
+# Hydra's launchers: the package that brings each, and our extra.
+LAUNCHERS = {
+    "joblib": ("hydra-joblib-launcher", "joblib"),
+    "submitit_local": ("hydra-submitit-launcher", "submitit"),
+    "submitit_slurm": ("hydra-submitit-launcher", "submitit"),
+    "ray": ("hydra-ray-launcher", "ray"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,12 @@ class Sweep:
     def sweeper(self) -> str | None:
         """Return the Hydra sweeper that is asked for, or None for Hydra's own, which lists every job beforehand."""
         found = [item.value() for item in compose.parse(list(self.grids[0])) if item.key_or_group == SWEEPER]
+        return str(found[-1]) if found and found[-1] != "basic" else None
+
+    @property
+    def launcher(self) -> str | None:
+        """Return the Hydra launcher that is asked for, or None for Hydra's own: one job after the other."""
+        found = [item.value() for item in compose.parse(list(self.grids[0])) if item.key_or_group == LAUNCHER]
         return str(found[-1]) if found and found[-1] != "basic" else None
 
 
@@ -177,6 +191,18 @@ def check_sweeper(command: str, sweep: Sweep, config_dir: Path | None) -> None:
         compose.load(command, [extreme(item, position) for item in parsed], config_dir)
 
 
+def check_launcher(sweep: Sweep) -> None:
+    """Refuse a launcher whose plugin is not installed.
+
+    Raises:
+        ConfigError: naming what to install.
+    """
+    package, extra = LAUNCHERS.get(sweep.launcher or "", ("", ""))
+    if package and not _is_installed(package):
+        why = f"The package {package} is not installed"
+        raise ConfigError(f"{LAUNCHER}={sweep.launcher} cannot start", why, f"pip install rlhf-cli[{extra}]")
+
+
 def extreme(item: Override, position: int) -> str:
     """Return an override with the first (0) or last (-1) of the values it lists."""
     value = item.value()
@@ -201,7 +227,7 @@ def jobs(command: str, sweep: Sweep, config_dir: Path | None) -> list[list[str]]
     Raises:
         ConfigError: a job is not valid; the message names it.
     """
-    named = [(job, grid) for grid in sweep.grids for job in _split(grid)]
+    named = [(job, grid) for grid in sweep.grids for job in split(grid)]
     for number, (job, grid) in enumerate(named, 1):
         try:
             compose.load(command, job, config_dir)
@@ -211,7 +237,12 @@ def jobs(command: str, sweep: Sweep, config_dir: Path | None) -> list[list[str]]
     return [job for job, _ in named]
 
 
-def _split(grid: Sequence[str]) -> list[list[str]]:
+def split(grid: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each job of a grid.
+
+    Raises:
+        ConfigError: it has values that only a sweeper can choose.
+    """
     try:
         return BasicSweeper.split_arguments(compose.parse(list(grid)), max_batch_size=None)[0]
     except HydraException as error:

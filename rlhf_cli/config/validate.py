@@ -25,7 +25,14 @@ from rlhf_cli.config.schema import (
 )
 from rlhf_cli.config.schemas import PRIORS as PRIORS
 from rlhf_cli.config.schemas import algo_schema as algo_schema
-from rlhf_cli.config.schemas import constraint_schema, dataset_schema, generation_schema, model_schema, peft_schema, shown
+from rlhf_cli.config.schemas import (
+    constraint_schema,
+    dataset_schema,
+    generation_schema,
+    model_schema,
+    peft_schema,
+    shown,
+)
 from rlhf_cli.config.schemas import module as module
 from rlhf_cli.config.schemas import reward_schema as reward_schema
 from rlhf_cli.errors import ConfigError

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf_cli.config.launching import SlurmConfig
 from rlhf_cli.errors import RunError
 
-HEAD = "head=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)"
+HEAD = 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
 # Jobs that share a machine must not meet at one port.
 PORT = "port=$((20000 + SLURM_JOB_ID % 20000))"
 
@@ -74,7 +74,9 @@ def submit(command: str, words: list[str], launch: SlurmConfig) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RunError("sbatch refuses the job", done.stderr or done.stdout, "add launch.dry_run=true to see the script")
+        raise RunError(
+            "sbatch refuses the job", done.stderr or done.stdout, "add launch.dry_run=true to see the script"
+        )
     number = done.stdout.strip().partition(";")[0]
     (folder / f"{number}.sh").write_text(text, encoding="utf-8")
     return f"submitted as job {number}; it prints into {folder}/{number}.log. Follow it: squeue -j {number}"

@@ -62,6 +62,21 @@ def load_reward_model(path: Path | str, device: str = "cpu", how: Loading | None
     return model
 
 
+def require_classifier(path: Path | str) -> None:
+    """Refuse the model in `path` if its family has no sequence classifier: by its config, without its weights.
+
+    Raises:
+        RunError: it has none.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RunError(
+            f"no reward model or critic can start from the model in {path}",
+            f"transformers has no sequence classifier of the family {config.model_type}",
+            "start them from another one: model.reward_path=FOLDER; algo.advantage=rloo needs no critic",
+        )
+
+
 def _classifier(path: Path | str, how: Loading) -> tuple[Any, list[str]]:
     """Return the sequence classifier with one output in `path`, and the names of the weights its files lack."""
     try:
@@ -81,7 +96,7 @@ def _classifier(path: Path | str, how: Loading) -> tuple[Any, list[str]]:
 
 def _with_exact_head(path: Path | str) -> Any:
     """Return the class of the sequence classifier in `path`, its head read in float32 whatever its body is read in."""
-    config, known = AutoConfig.from_pretrained(path), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    config, known = AutoConfig.from_pretrained(path, trust_remote_code=False), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) not in known:
         return AutoModelForSequenceClassification  # which says so
     kind: Any = known[type(config)]

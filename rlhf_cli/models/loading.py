@@ -47,7 +47,7 @@ def loading(model: ModelConfig, device: str) -> Loading:
         RunError: FlashAttention is asked for, and is not installed or cannot be used.
     """
     dtype = torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    if model.dtype == "auto" and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+    if model.dtype == "auto" and torch.device(device).type == "cuda" and _computes_in_bfloat16():
         dtype = torch.bfloat16
     if model.attention == "flash_attention_2":
         why = None if is_flash_attn_2_available() else "the package flash-attn is not installed, or there is no GPU"
@@ -69,7 +69,7 @@ def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[
     Raises:
         one of REFUSALS: it cannot be opened.
     """
-    config = without_dropout(AutoConfig.from_pretrained(path, **settings))
+    config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False, **settings))
     more: dict[str, Any] = {}
     if how.attention != "auto":
         more["attn_implementation"] = how.attention
@@ -89,5 +89,18 @@ def without_dropout(config: Any) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error, or its name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return what an error of transformers says, in one line: its first, with what follows a colon; or its name."""
+    text = str(error)
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says"
+    if "Unrecognized configuration class" in text:
+        return "its family has no model of this kind in transformers"
+    if "custom code" in text:
+        return "it brings Python code of its own, which is not run; transformers does not know its family"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+
+
+def _computes_in_bfloat16() -> bool:
+    """Return whether the GPU computes in bfloat16 itself; older ones emulate it, more slowly than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.adapters import plain
 from rlhf_cli.models.batches import rows_that_fit
 from rlhf_cli.models.calibration import CALIBRATION_FILE, LengthCalibration
 from rlhf_cli.models.classifier import load_reward_model
@@ -44,6 +45,12 @@ def load_centre(path: Path) -> float:
 
 def token_values(model: Any, batch: TokenBatch) -> Tensor:
     """Return the head's output at every position of the sequences, in the head's float32, (B, P + T)."""
+    if getattr(model, "reads_by_token", False):
+        return cast(Tensor, model(**{name: getattr(batch, name) for name in batch.__dataclass_fields__}))
+    return _values(model, batch)
+
+
+def _values(model: Any, batch: TokenBatch) -> Tensor:
     body = getattr(model, model.base_model_prefix)
     hidden = body(
         input_ids=batch.input_ids,
@@ -54,6 +61,18 @@ def token_values(model: Any, batch: TokenBatch) -> Tensor:
     exact = model.score.weight.dtype  # of the one in use, where an adapter brings its own
     with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 has three digits: margins would be lost
         return model.score(hidden.to(exact)).squeeze(-1)
+
+
+def by_token(model: Any) -> None:
+    """Make the call of a sequence classifier, with an adapter or without, return `token_values`.
+
+    What trains a model on several ranks wraps its call, and sees no other use of its parts.
+    """
+
+    def forward(**fields: Tensor) -> Tensor:
+        return _values(plain(model), TokenBatch(**fields))
+
+    model.forward, model.reads_by_token = forward, True
 
 
 def sequence_scores(model: Any, batch: TokenBatch) -> Tensor:

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.loading import reason
 
 FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Tokens that some families keep for padding, or for nothing, without naming one as their padding token.
@@ -39,10 +40,16 @@ def load_tokenizer(path: Path | str, *, training: bool = True, chat_template: st
         RunError: the folder holds no tokenizer that transformers can open, it has no end-of-sequence, or its template
             or the given one cannot be used.
     """
+    if Path(path).is_dir() and not has_tokenizer(Path(path)):  # transformers would make up an empty one
+        raise RunError(
+            f"no tokenizer could be opened in {path}",
+            f"none of its files is there: {', '.join(FILES)}",
+            "put those that it was published with beside the model",
+        )
     try:
-        tokenizer = cast(Any, AutoTokenizer.from_pretrained(path))
+        tokenizer = cast(Any, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # missing and damaged files show in many ways
-        raise RunError(f"no tokenizer could be opened in {path}", _line(error)) from error
+        raise RunError(f"no tokenizer could be opened in {path}", reason(error)) from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"the tokenizer in {path} has no end-of-sequence token", "every response ends with it")
     _set_template(tokenizer, path, chat_template)
@@ -72,7 +79,7 @@ def _set_template(tokenizer: Any, path: Path | str, given: str) -> None:
         try:
             tokenizer.chat_template = Path(given).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{source} cannot be read", _line(error), "give auto, none, or a Jinja file") from error
+            raise RunError(f"{source} cannot be read", reason(error), "give auto, none, or a Jinja file") from error
     if not tokenizer.chat_template:
         return
     tokenizer.split_special_tokens = False  # the template's own are tokens; data/turns.py keeps those in texts apart
@@ -82,7 +89,7 @@ def _set_template(tokenizer: Any, path: Path | str, given: str) -> None:
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
         written = tokenizer.apply_chat_template(conversation, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
-        raise RunError(f"{source} cannot be used", _line(error), todo) from error
+        raise RunError(f"{source} cannot be used", reason(error), todo) from error
     if PROBE not in written:
         raise RunError(f"{source} cannot be used", "it leaves out what the assistant says", todo)
     tail = written.rpartition(PROBE)[2]
@@ -120,7 +127,3 @@ def fit_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         setattr(model.config, name, value)
     if model.can_generate():
         model.generation_config = GenerationConfig(**ids)
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

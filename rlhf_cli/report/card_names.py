@@ -1,4 +1,4 @@
-"""How a card names models, data and the command: what lies on the machine that made the run is named by its last part."""
+"""How a card names models, data and the command: places on the machine of the run are cut to their last part."""
 
 from __future__ import annotations
 

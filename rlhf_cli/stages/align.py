@@ -13,7 +13,7 @@ from rlhf_cli.data.encode import encode_pairs, encode_prompts, trainer_rows
 from rlhf_cli.models.adapters import save_model
 from rlhf_cli.run import seed_everything
 from rlhf_cli.stages import footprint, priors, roles
-from rlhf_cli.stages.opening import computing
+from rlhf_cli.stages.opening import check_bases, computing
 from rlhf_cli.stages.results import SHOWN, announce, measure
 from rlhf_cli.stages.role_models import critic_model
 from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
@@ -32,6 +32,7 @@ def run(cfg: AlignConfig, overrides: Sequence[str] = (), config_dir: str | None 
     with open_run(cfg, "align", cfg.algo.name, overrides, config_dir) as session:
         if not session.finished:
             footprint.announce(cfg)
+            check_bases(cfg)
             _align(cfg, session)
         summary(session, SHOWN)
     return session.directory

@@ -230,9 +230,9 @@ def shapes(cfg: CommandConfig) -> tuple[ModelShape, ModelShape | None]:
         assert isinstance(cfg.model, MadeModelConfig)
         policy = ModelShape.of(_made(cfg.model, cfg.dataset.max_prompt_tokens + cfg.dataset.max_completion_tokens))
     else:
-        policy = ModelShape.of(AutoConfig.from_pretrained(cfg.model.path))
+        policy = ModelShape.of(AutoConfig.from_pretrained(cfg.model.path, trust_remote_code=False))
     other = cfg.model.reward_path
-    return policy, None if other is None else ModelShape.of(AutoConfig.from_pretrained(other))
+    return policy, None if other is None else ModelShape.of(AutoConfig.from_pretrained(other, trust_remote_code=False))
 
 
 def _made(sizes: MadeModelConfig, positions: int) -> OPTConfig:

@@ -5,130 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
+from tqdm.auto import tqdm
 
-from rlhf_cli.config.schema import AlignConfig, ModelConfig
-from rlhf_cli.data.dialogue import HUMAN
-from rlhf_cli.data.encode import decode_response, encode_prompt
-from rlhf_cli.data.rows import PreferenceData
-from rlhf_cli.errors import DataError, RunError, UserError
-from rlhf_cli.measure.sampled import draw
-from rlhf_cli.measure.samples import Sampling
-from rlhf_cli.models.batches import in_batches
-from rlhf_cli.models.loading import loading
-from rlhf_cli.models.policy import freeze, load_policy, load_tokenizer
-from rlhf_cli.models.reward import CENTRE_FILE, Reward
+from rlhf_cli.errors import RunError, UserError
 from rlhf_cli.report.answers import show
-from rlhf_cli.report.card import Form
-from rlhf_cli.stages.finished_run import on_dialogues, prompt_form, read_config
-from rlhf_cli.stages.prompts import Asked, Prompt, as_text
-from rlhf_cli.stages.reward_reading import mean_reward, model_reward
-from rlhf_cli.stages.roles import REFERENCE, REWARD, STAGES_FILE, policy_in
+from rlhf_cli.stages.prompts import Asked, Prompt
 from rlhf_cli.stages.session import quiet_libraries
-from rlhf_cli.store import check_folder, read_json, write_text
-from rlhf_cli.trainers.common import resolve_device
-
-BATCH = 16  # answers at a time; fixed, because the draws of a batch depend on it
-MAX_NEW_TOKENS = 256  # of a model that no run tells of
-MOST_LIKELY = 1e-9  # a nucleus of one token
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Speakers:
-    """A policy, its reference and what is needed to ask them.
-
-    Args:
-        policy: frozen.
-        reference: the same, or None.
-        reward: scores answers, or None.
-        tokenizer: of policy and reference.
-        form: how prompts are written.
-        how: how answers are sampled.
-        positions: tokens of a prompt and its answer at most, or None.
-    """
-
-    policy: Any
-    reference: Any | None
-    reward: Reward | None
-    tokenizer: Any
-    form: Form
-    how: Sampling
-    positions: int | None
-
-    def encoded(self, prompt: Prompt) -> tuple[str, list[int]]:
-        """Return a prompt as the policy reads it, text and token ids.
-
-        Raises:
-            DataError: it is no conversation, or too long.
-        """
-        text = as_text(prompt, self.form)
-        ids = encode_prompt(self.tokenizer, text)
-        room = None if self.positions is None else self.positions - self.how.max_new_tokens
-        if room is not None and len(ids) > room:
-            raise DataError(
-                f"a prompt has {len(ids)} tokens: {_start(text)}",
-                f"the model reads {self.positions}, {self.how.max_new_tokens} of them for the answer",
-                "shorten it" + (", or lower --max-new-tokens" if len(ids) < cast(int, self.positions) else ""),
-            )
-        unknown = 0 if self.tokenizer.unk_token_id in self._special else ids.count(self.tokenizer.unk_token_id)
-        if unknown:
-            note(f"the tokenizer does not know {unknown} of the words of: {_start(text)}")
-        return text, ids
-
-    @property
-    def _special(self) -> set[int | None]:
-        """The tokens that a prompt may well have; OPT's unknown token is one of them."""
-        return {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, None}
-
-    def answers(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[Line]:
-        """Return one line an answer, those of one prompt next to each other; keys as in completions.jsonl.
-
-        Raises:
-            DataError: a prompt is no conversation, or too long.
-        """
-        encoded = [pair for prompt in prompts for pair in [self.encoded(prompt)] * samples]
-        asked = [ids for _, ids in encoded]
-        ours = self._drawn(self.policy, asked, seed)
-        lines: list[Line] = [
-            {"prompt": text, "sample": number % samples, "samples": samples, **self._line(ids)}
-            for number, ((text, _), ids) in enumerate(zip(encoded, ours, strict=True))
-        ]
-        self._add(lines, "reward", asked, ours)
-        if self.reference is not None:
-            theirs = self._drawn(self.reference, asked, seed)
-            for line, ids in zip(lines, theirs, strict=True):
-                said = self._line(ids)
-                line |= {"reference": said["completion"], "reference_ended": said["ended"]}
-            self._add(lines, "reference_reward", asked, theirs)
-        return lines
-
-    def _line(self, ids: list[int]) -> Line:
-        text, ended = decode_response(self.tokenizer, ids), ids[-1] in self.how.eos_ids
-        return {"completion": text, "tokens": len(ids), "ended": ended}
-
-    def _drawn(self, model: Any, asked: list[list[int]], seed: int) -> list[list[int]]:
-        def compute(part: list[int]) -> list[list[int]]:
-            return draw(model, [asked[index] for index in part], self.how, seed, part)
-
-        return in_batches(range(len(asked)), compute, BATCH)
-
-    def _add(self, lines: list[Line], key: str, asked: list[list[int]], answers: list[list[int]]) -> None:
-        if self.reward is None:
-            return
-        reward = self.reward
-
-        def compute(part: list[int]) -> list[float]:
-            scores = reward([asked[index] for index in part], [answers[index] for index in part])
-            return [float(score) for score in scores.float().cpu()]
-
-        for line, score in zip(lines, in_batches(range(len(asked)), compute, BATCH), strict=True):
-            line[key] = score
+from rlhf_cli.stages.speakers import Line, Speakers, gather, note
+from rlhf_cli.store import write_text
 
 
 def run(given: str, prompts: list[Prompt] | None, asked: Asked, out: Path | None = None) -> None:
@@ -138,140 +26,67 @@ def run(given: str, prompts: list[Prompt] | None, asked: Asked, out: Path | None
         given: a run folder, a model folder or a name of the Hub.
         prompts: what is asked.
         asked: how answers are sampled, and who answers.
-        out: a .jsonl file that gets the answers, which are printed otherwise.
+        out: a .jsonl file that gets the answers; those to given prompts are printed otherwise.
 
     Raises:
         RunError: there is no such policy or reward model, or `out` cannot be written.
         DataError: a prompt is no conversation, or too long.
     """
     quiet_libraries()
-    if out is not None:
-        check_folder(out.parent, "--out")
     speakers = gather(given, asked)
     if prompts is None:
-        converse(speakers, asked)
+        converse(speakers, asked, out)
         return
-    lines = speakers.answers(prompts, asked.samples, asked.seed)
-    if out is None:
-        show(lines)
-        return
+    read = [speakers.encoded(prompt) for prompt in prompts]  # all, before the first is answered
+    at_a_time, rows = max(1, speakers.batch // asked.samples), []
+    quiet = out is None and sys.stdout.isatty()
+    total = len(read) * asked.samples
+    with tqdm(total=total, unit="answer", mininterval=1, delay=2, leave=False, disable=quiet) as bar:
+        for first in range(0, len(read), at_a_time):
+            lines = speakers.answers(read[first : first + at_a_time], asked.samples, asked.seed, first)
+            if out is None:
+                show(lines)
+            rows += lines
+            bar.update(len(lines))
+    if out is not None:
+        save(rows, out)
+        note(f"{len(rows)} answers: {out}")
+
+
+def save(lines: Sequence[Line], out: Path) -> None:
+    """Write answers, one a line.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     rows = [{key: value for key, value in line.items() if key != "samples"} for line in lines]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    note(f"{len(rows)} answers: {out}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise RunError(f"--out {out} cannot be written", error.strerror or str(error), "choose another file") from error
 
 
-def gather(given: str, asked: Asked) -> Speakers:
-    """Return who answers: the policy that `given` names, and where wanted its reference and reward model.
-
-    Raises:
-        RunError: a model cannot be opened, or a reward is wanted and there is none.
-    """
-    device = resolve_device(asked.device)
-    path = policy_in("RUN", given, asked.checkpoint)
-    config = read_config(Path(given)) or {}
-    stages = {name: Path(str(place)) for name, place in (read_json(Path(given) / STAGES_FILE) or {}).items()}
-    settings = config.get("model", {})
-    how = loading(ModelConfig(dtype=settings.get("dtype", "auto"), attention=settings.get("attention", "auto")), device)
-    tokenizer = load_tokenizer(path, training=False)
-    reference = _reference(stages, config) if asked.reference else None
-    rewards = _reward_folders(stages, config, given) if asked.reward else []
-    note(f"policy: {path}")
-    if reference is not None:
-        note(f"reference: {reference}")
-    policy = freeze(load_policy(path, how=how))
-    most_likely = asked.temperature == 0
-    longest, trained_at = _defaults(policy, config)
-    sampling = Sampling(
-        max_new_tokens=asked.max_new_tokens or longest,
-        temperature=trained_at if asked.temperature is None or most_likely else asked.temperature,
-        tree=None,
-        eos_ids=_ends(policy, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        device=device,
-        micro_batch=BATCH,
-        top_p=MOST_LIKELY if most_likely else asked.top_p,
-    )
-    if config.get("dataset", {}).get("closed_vocabulary"):
-        note("it was trained with a closed vocabulary; here it may say anything")
-    return Speakers(
-        policy=policy,
-        reference=freeze(load_policy(reference, how=how)) if reference is not None else None,
-        reward=_reward(rewards, config, tokenizer, device, Path(given)) if rewards else None,
-        tokenizer=tokenizer,
-        form=prompt_form(config, tokenizer, Path(given) if config else path),
-        how=sampling,
-        positions=getattr(policy.config, "max_position_embeddings", None),
-    )
-
-
-def _reference(stages: dict[str, Path], config: dict[str, Any]) -> Path | None:
-    """Return the recorded reference; where there is none, say so."""
-    folder = stages.get(REFERENCE)
-    if folder is None:
-        note("no reference: " + ("the run started from none" if config else "no run tells of one"))
-        return None
-    if not (folder / "model").is_dir():
-        note(f"no reference: it is no longer in {folder}")
-        return None
-    return folder / "model"
-
-
-def _reward_folders(stages: dict[str, Path], config: dict[str, Any], given: str) -> list[Path]:
-    """Return the models whose mean is the run's reward.
-
-    Raises:
-        RunError: the run has none, or they are no longer there.
-    """
-    members = [folder for name, folder in stages.items() if name.startswith(f"{REWARD} ")]
-    folders = [folder / "model" for folder in members or ([stages[REWARD]] if REWARD in stages else [])]
-    if not folders:
-        gold = config.get("reward", {}).get("name") == "gold"
-        why = "its reward is the survey world's own" if gold else "it was not aligned to one"
-        raise RunError(f"--reward: {given} has no reward model", why, "leave out --reward")
-    for folder in folders:
-        if not (folder / CENTRE_FILE).is_file():
-            raise RunError(f"--reward: the reward model of {given} is not in {folder}", "", "leave out --reward")
-    return folders
-
-
-def _reward(folders: list[Path], config: dict[str, Any], tokenizer: Any, device: str, run: Path) -> Reward:
-    """Return the reward as the run read it, centred; each folder brings its centre, so no rows are needed."""
-    reading = SimpleNamespace(
-        reward=SimpleNamespace(calibration=config["reward"].get("calibration", "none")),
-        model=ModelConfig(dtype=config["model"]["dtype"], attention=config["model"]["attention"]),
-    )
-    prompts = [HUMAN] if on_dialogues(config, run) else []  # how the reward model is to read prompts
-    rows = PreferenceData(demonstrations=[], reward_pairs=[], policy_pairs=[], prompts=prompts, heldout_pairs=[])
-    cfg = cast(AlignConfig, reading)
-    return mean_reward([model_reward(cfg, rows, tokenizer, folder, device) for folder in folders])
-
-
-def _defaults(policy: Any, config: dict[str, Any]) -> tuple[int, float]:
-    """Return the longest answer in tokens and the temperature: as in training, else as the model's folder says."""
-    if config:
-        return config["dataset"]["max_completion_tokens"], config.get("generation", {}).get("temperature", 1.0)
-    own, positions = policy.generation_config, getattr(policy.config, "max_position_embeddings", None)
-    longest = own.max_new_tokens or MAX_NEW_TOKENS
-    return min(longest, positions // 2) if positions else longest, own.temperature or 1.0
-
-
-def _ends(policy: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the model itself names."""
-    named = getattr(policy.generation_config, "eos_token_id", None)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(named if isinstance(named, list) else [])]))
-
-
-def converse(speakers: Speakers, asked: Asked) -> None:
-    """Answer what a person types, a fresh conversation each line, until an empty line."""
+def converse(speakers: Speakers, asked: Asked, out: Path | None) -> None:
+    """Answer what a person types, a fresh conversation each line, until an empty line; `out` gets the answers too."""
+    with suppress(ImportError):  # not on every system; arrow keys then edit the line
+        import readline  # noqa: F401
     note("type a prompt; an empty line ends")
-    turn = 0
-    while text := _typed():
+    said: list[Line] = []
+    for turn in count():
+        text = _typed()
+        if not text:
+            return
         try:
-            show(speakers.answers([text], asked.samples, (asked.seed + turn) % 2**32))
+            lines = speakers.answers([speakers.encoded(text)], asked.samples, (asked.seed + turn) % 2**32)
+            show(lines)
+            said += lines
+            if out is not None:
+                save(said, out)
         except UserError as error:  # of this prompt; the next may do
             note(f"error: {error}")
-        turn += 1
+        except KeyboardInterrupt:  # of this answer
+            note("stopped; an empty line ends")
 
 
 def _typed() -> str:
@@ -280,15 +95,3 @@ def _typed() -> str:
     except (EOFError, KeyboardInterrupt):
         sys.stdout.write("\n")
         return ""
-
-
-def _start(text: str) -> str:
-    """Return the beginning of a text, on one line."""
-    line = " ".join(text.split())
-    return repr(line if len(line) <= 40 else f"{line[:38]} …")
-
-
-def note(line: str) -> None:
-    """Print a line for the user that is no answer."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from rlhf_cli.config.schema import CommandConfig, LoraConfig
+from rlhf_cli.config.schema import AlignConfig, CommandConfig, LoraConfig, TrainRmConfig
 from rlhf_cli.models.adapters import with_adapter
+from rlhf_cli.models.classifier import require_classifier
 from rlhf_cli.models.folders import base_folder
 from rlhf_cli.models.loading import Loading, loading
 from rlhf_cli.models.quantisation import keep_trainable, quantised
+from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.trainers.common import Computing, resolve_device
 
 
@@ -36,6 +38,22 @@ def computing(cfg: CommandConfig) -> Computing:
     how = frozen(cfg)
     bf16 = how.dtype is torch.bfloat16
     return Computing(how.device, bf16=bf16, gradient_checkpointing=cfg.model.gradient_checkpointing)
+
+
+def check_bases(cfg: TrainRmConfig) -> None:
+    """Refuse a base that reward model or critic cannot start from; asked before the first stage is trained.
+
+    Raises:
+        RunError: its family has no classifier, or it brings no tokenizer that can be used.
+    """
+    gold = cfg.reward.name == "gold"
+    critic = isinstance(cfg, AlignConfig) and getattr(cfg.algo, "advantage", None) == "gae"
+    given = cfg.model.path if gold else cfg.model.reward_path or cfg.model.path
+    if given is None or (gold and not critic):
+        return
+    base = base_folder(cfg.model, reward=not gold)
+    load_tokenizer(base, chat_template=cfg.model.chat_template)
+    require_classifier(base)
 
 
 def reward_start(cfg: CommandConfig, sft: Path) -> Path:

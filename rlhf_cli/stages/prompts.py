@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 
 from rlhf_cli.data.dialogue import HUMAN, render
 from rlhf_cli.errors import ConfigError, DataError
+from rlhf_cli.store import check_folder
 
 SUFFIXES = (".txt", ".jsonl")
 Prompt = str | list[dict[str, str]]  # a text, or the messages of a conversation
@@ -82,6 +83,38 @@ def gathered(given: Sequence[str], file: Path | None, stdin: TextIO) -> list[Pro
     if not lines:
         raise DataError("there is no prompt", "standard input is empty", "give prompts as arguments, or by --file")
     return lines
+
+
+def check_out(out: Path, file: Path | None) -> None:
+    """Refuse a file for answers that cannot be written, or that holds something else.
+
+    Args:
+        out: where answers go; those of an earlier command are replaced.
+        file: of the prompts, or None.
+
+    Raises:
+        ConfigError: saying which.
+        RunError: its folder cannot be made or written.
+    """
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ConfigError(f"--out {out} is no .jsonl file", "answers are written one a line", "Name a FILE.jsonl")
+    check_folder(out.parent, "--out")
+    if not out.exists():
+        return
+    if file is not None and file.exists() and out.samefile(file):
+        raise ConfigError(f"--out {out} is the file of the prompts", "", "Choose another file")
+    if not _holds_answers(out):
+        raise ConfigError(f"--out {out} holds something else than answers", "It would be replaced", "Choose another")
+
+
+def _holds_answers(path: Path) -> bool:
+    """Return whether the first line of a file is an answer; nothing does as well."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+        return not first or {"prompt", "sample", "completion"} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_file(path: Path) -> list[Prompt]:

@@ -20,7 +20,7 @@ from rlhf_cli.models.tokens import collate
 from rlhf_cli.run import seed_everything
 from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.log import StageLog
-from rlhf_cli.stages.opening import adapted, computing, frozen, reward_start, trained
+from rlhf_cli.stages.opening import adapted, check_bases, computing, frozen, reward_start, trained
 from rlhf_cli.stages.session import open_run, require_batch, summary
 from rlhf_cli.stages.train_sft import dropped
 from rlhf_cli.trainers.common import Reporter, fit
@@ -35,6 +35,7 @@ def run(cfg: TrainRmConfig, overrides: Sequence[str] = (), config_dir: str | Non
     with open_run(cfg, "train-rm", "rm", overrides, config_dir) as session:
         if not session.finished:
             footprint.announce(cfg)
+            check_bases(cfg)
             stage = provide.reward_model(cfg, session.log)
             session.adopt(stage, "rm")
             trust.report(cfg, session)
@@ -67,8 +68,8 @@ def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: in
     save_model(model, folder / "model")
     if isinstance(cfg.peft, QLoraConfig):  # read as it will be: on the base as it is
         del trainer
-        model = load_reward_model(ranks.shared(folder / "model"), how=frozen(cfg))
-    finish(data, plain(model), folder, log)
+        model = plain(load_reward_model(ranks.shared(folder / "model"), how=frozen(cfg)))
+    finish(data, model, folder, log)
 
 
 def member_seed(seed: int, member: int) -> int:

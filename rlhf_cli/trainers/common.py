@@ -130,7 +130,18 @@ def reading(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-class WholeBatches:
+class AllRanks:
+    """Mixin: what is noted of training is logged as the mean over all ranks; each notes shares of equal weight."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the trainer's numbers and the mean of what was noted since the last time."""
+        noted = self._metrics["train"]  # type: ignore[attr-defined]
+        for key, value in ranks.average({key: sum(values) / len(values) for key, values in noted.items()}).items():
+            noted[key] = [value]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class WholeBatches(AllRanks):
     """Mixin: every optimizer step has a whole batch, the same rows for any number of ranks and size of micro-batch.
 
     The last batch of a pass is filled up with rows of a new order: a part of one would weigh its rows more, and ranks
@@ -207,8 +218,9 @@ class Reporter(TrainerCallback):
                 self.bar.set_postfix(shown)
 
     def _require_finite(self, model: Any, step: int) -> None:
-        totals = torch.stack([weight.detach().sum() for weight in model.parameters() if weight.requires_grad])
-        if not _all_finite(totals):
+        held = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        totals = [(weight.to_local() if isinstance(weight, DTensor) else weight).sum() for weight in held]
+        if not bool(torch.stack(totals).isfinite().all()):
             raise RunError(
                 f"{self.title} diverged: after step {step} its weights are not finite",
                 "",
@@ -227,12 +239,6 @@ class Reporter(TrainerCallback):
             self.bar.close()
 
 
-def _all_finite(totals: torch.Tensor) -> bool:
-    """Return whether all numbers are finite; of sharded weights, those of this rank's parts."""
-    local = totals.to_local() if isinstance(totals, DTensor) else totals
-    return bool(local.isfinite().all())
-
-
 def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> int:
     """Train from the last whole checkpoint in the trainer's folder, or from the start; return the steps done.
 
@@ -244,6 +250,7 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     Raises:
         RunError: nothing was trained.
     """
+    ranks.check_strategy(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(reporter)
     checkpoint = ranks.on_main(lambda: latest_checkpoint(Path(trainer.args.output_dir)))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import OnlineTraining
 from rlhf_cli.models.reward import Critic
 from rlhf_cli.models.shared_base import RoleModel
@@ -44,12 +46,13 @@ class CriticTraining:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Within it, what lies in the policy's module does not look trainable: its optimizer is made so."""
-        for weight in self.inside.values():
+        trained = [weight for weight in self.inside.values() if weight.requires_grad]  # none: left out already
+        for weight in trained:
             weight.requires_grad_(False)
         try:
             yield
         finally:
-            for weight in self.inside.values():
+            for weight in trained:
                 weight.requires_grad_(True)
 
     def hold_gradients(self) -> None:
@@ -60,10 +63,11 @@ class CriticTraining:
                 weight.grad = None
 
     def step(self, policy_optimizer: Any, *_: Any) -> None:
-        """Clip, step and zero: a hook that runs after each step of the policy's optimizer."""
+        """Average over ranks, clip, step and zero: a hook that runs after each step of the policy's optimizer."""
         for name, gradient in self.held.items():
             self.inside[name].grad = gradient
         self.held = {}
+        average_gradients(list(self.weights.values()))
         schedule = policy_optimizer.param_groups[0]["lr"] / self.args.learning_rate
         self.optimizer.param_groups[0]["lr"] = self.block.critic_learning_rate * schedule
         torch.nn.utils.clip_grad_norm_(self.weights.values(), self.args.max_grad_norm)
@@ -81,3 +85,20 @@ class CriticTraining:
         for name, weight in self.weights.items():
             weight.copy_(state["critic"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def average_gradients(weights: list[nn.Parameter]) -> None:
+    """Make the gradient of each weight its mean over ranks; those of sharded weights are already.
+
+    In place of DDP, whose hooks would meet in the backward pass of two modules at once.
+    """
+    if ranks.world() == 1:
+        return
+    whole = [weight for weight in weights if not isinstance(weight, DTensor)]
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in whole]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for weight, mean in zip(whole, (flat / ranks.world()).split([weight.numel() for weight in whole]), strict=True):
+        weight.grad = mean.view_as(weight)

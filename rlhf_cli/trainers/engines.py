@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,30 +132,46 @@ def _continuous(trainer: Any, prompts: list[list[int]]) -> Drawn:
     settings = dict(trainer.args.transformers_continuous_batching_config)
     if "page_size" in settings:
         settings["num_blocks"] = len(prompts)
-    manager = plain(trainer.accelerator.unwrap_model(trainer.model)).init_continuous_batching(
-        generation_config=trainer.generation_config, continuous_batching_config=ContinuousBatchingConfig(**settings)
-    )
+    policy = plain(trainer.accelerator.unwrap_model(trainer.model))
+    with in_its_own_precision(policy):
+        manager = policy.init_continuous_batching(
+            generation_config=trainer.generation_config, continuous_batching_config=ContinuousBatchingConfig(**settings)
+        )
+        names = manager.add_requests(prompts)  # before it starts, or threads would decide which rows go together
+        manager.start()
+        try:
+            found = _outputs(manager, names)
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+    logps = [list(output.logprobs) for output in found] if settings["return_logprobs"] else None
+    return Drawn([list(output.generated_tokens) for output in found], logps)
+
+
+def _outputs(manager: Any, names: list[str]) -> list[GenerationOutput]:
     found: dict[str, GenerationOutput] = {}
-    names = manager.add_requests(prompts)  # before it starts, or threads would decide which rows go together
-    manager.start()
-    try:
-        while len(found) < len(names):
-            output = manager.get_result(timeout=1)
-            if output is not None:
-                found[output.request_id] = output
-            elif not manager.is_running():
-                break
-    finally:
-        manager.stop(block=True)
-        manager.destroy()
-    outputs = [found.get(name) for name in names]
-    failed = next((output for output in outputs if output is None or output.error), names)
-    if failed is not names:
-        reason = getattr(failed, "error", None) or "its thread ended early; its log says why"
+    while len(found) < len(names):
+        output = manager.get_result(timeout=1)
+        if output is None and not manager.is_running():
+            break
+        if output is not None:
+            found[output.request_id] = output
+    errors = [output.error for output in found.values() if output.error]
+    if errors or len(found) < len(names):
+        reason = errors[0] if errors else "its thread ended early; its log says why"
         raise RunError("continuous batching failed", reason, "use generation=default")
-    whole = cast(list[GenerationOutput], outputs)
-    logps = [list(output.logprobs) for output in whole] if settings["return_logprobs"] else None
-    return Drawn([list(output.generated_tokens) for output in whole], logps)
+    return [found[name] for name in names]
+
+
+@contextmanager
+def in_its_own_precision(policy: Any) -> Iterator[None]:
+    """Within it, `policy` computes in the format of its weights: its paged cache has that one, autocast another."""
+    autocast = policy.__dict__.pop("forward", None) if "_original_forward" in policy.__dict__ else None
+    try:
+        yield
+    finally:
+        if autocast is not None:
+            policy.forward = autocast
 
 
 def _vllm(trainer: Any, prompts: list[list[int]]) -> Drawn:

@@ -7,6 +7,7 @@ value loss. The private methods overridden here are named once, in tests/test_tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,17 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import RLOOConfig, RLOOTrainer
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
+from rlhf_cli import ranks
 from rlhf_cli.algos import ppo
 from rlhf_cli.algos.base import masked_sum
 from rlhf_cli.config.schema import OnlineTraining
 from rlhf_cli.models import logps
+from rlhf_cli.models.sharding import shard_if_asked
 from rlhf_cli.models.tokens import TokenBatch, collate
 from rlhf_cli.trainers import engines
 from rlhf_cli.trainers.common import (
+    AllRanks,
     Computing,
     WholeCheckpoints,
     reading,
@@ -32,13 +35,14 @@ from rlhf_cli.trainers.common import (
 )
 from rlhf_cli.trainers.critic import CriticTraining
 from rlhf_cli.trainers.parts import OnlineParts
+from rlhf_cli.trainers.rollouts import Rollouts, dealt
 from rlhf_cli.trainers.schedule import prompt_schedule, updates
 
 CRITIC_FILE = "critic.pt"
 ROLLOUT_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")
 
 
-class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
+class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
     """RLOOTrainer whose rollouts carry per-token advantages and whose loss is PPO's."""
 
     def __init__(self, parts: OnlineParts, block: OnlineTraining, **kwargs: Any) -> None:
@@ -51,8 +55,11 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         without_reference_adapter(self)
         self.reference = parts.reference
         if isinstance(parts.reference, torch.nn.Module):  # else the policy without its adapter
-            self.reference = self.accelerator.prepare_model(parts.reference, evaluation_mode=True)
-        self.critic = None if parts.critic is None else self.accelerator.prepare_model(parts.critic)
+            self.reference = self.accelerator.prepare_model(shard_if_asked(parts.reference), evaluation_mode=True)
+        self.critic = None
+        if parts.critic is not None:  # its gradients are averaged over ranks where it is stepped, not by DDP
+            self.critic = self.accelerator.prepare_model(shard_if_asked(parts.critic), evaluation_mode=True)
+        self.rollouts: dict[str, Tensor] = {}  # of the update, of all ranks
         self.critic_training = None if parts.critic is None else CriticTraining(parts.critic, block, self.args)
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
@@ -72,16 +79,20 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in inputs]
         prompt_ids, completion_ids, completions = self._generate(prompts)
-        batch = collate(prompt_ids, completion_ids, self._tokenizer.pad_token_id, self.accelerator.device)
+        pad_id = self._tokenizer.pad_token_id
+        columns = self._read(collate(prompt_ids, completion_ids, pad_id, self.accelerator.device))
         scores = self._calculate_rewards(inputs, prompts, completions, completion_ids)[:, 0]
-        ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids], device=scores.device)
+        whole = Rollouts(prompt_ids, completion_ids, scores, columns, self.engine_logps).of_all_ranks()
+        batch, scores = whole.batch(pad_id), whole.scores
+        self._note_read(whole.columns, batch.response_mask)
+        ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in whole.responses], device=scores.device)
         if self.parts.algo.missing_eos_penalty is not None:
             scores = scores - self.parts.algo.missing_eos_penalty * ~ended
         rollout = {name: getattr(batch, name) for name in ROLLOUT_FIELDS}
-        rollout["old_logps"], ref_logps = self._read_log_probs(batch)
-        rollout |= self._advantages(rollout["old_logps"], ref_logps, batch, scores)
-        if self.engine_logps is not None:
-            weights = engines.weigh(self, self.engine_logps, rollout["old_logps"], batch.response_mask)
+        rollout["old_logps"] = whole.columns["logps"]
+        rollout |= self._advantages(whole.columns, batch.response_mask, scores)
+        if whole.engine_logps is not None:
+            weights = engines.weigh(self, whole.engine_logps, rollout["old_logps"], batch.response_mask)
             rollout["advantages"] = rollout["advantages"] * weights
         clip = self.parts.reward_clip
         seen = scores if clip is None else scores.clamp(-clip, clip)
@@ -90,31 +101,34 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         return rollout
 
     @torch.no_grad()
-    def _read_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return policy and reference log-probs of the sampled tokens, (B, T) each; note exact KL and entropy."""
+    def _read(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return what the models say of sampled tokens, (B, T) each: log-probs, exact KL and entropy, state values."""
         how: logps.Reading = {"temperature": self.parts.generation.temperature, "tree": self.parts.tree}
-        policy_tokens, ref_tokens, divergences, entropies = [], [], [], []
+        found: dict[str, list[Tensor]] = {name: [] for name in ("logps", "ref_logps", "kl", "entropy", "values")}
         for piece in batch.slices(self.args.per_device_train_batch_size):
             policy = logps.vocabulary_logps(self.model, piece, **how)
             reference = logps.vocabulary_logps(self.reference, piece, **how)
-            policy_tokens.append(logps.gather_logps(policy, piece.response_ids))
-            ref_tokens.append(logps.gather_logps(reference, piece.response_ids))
-            divergences.append(logps.kl(policy, reference))
-            entropies.append(logps.entropy(policy))
-        divergence, mask = torch.cat(divergences), batch.response_mask
+            found["logps"].append(logps.gather_logps(policy, piece.response_ids))
+            found["ref_logps"].append(logps.gather_logps(reference, piece.response_ids))
+            found["kl"].append(logps.kl(policy, reference))
+            found["entropy"].append(logps.entropy(policy))
+            if self.critic is not None:
+                found["values"].append(self.critic(piece))
+        return {name: torch.cat(pieces) for name, pieces in found.items() if pieces}
+
+    def _note_read(self, columns: Mapping[str, Tensor], mask: Tensor) -> None:
         self._note(
             **{
-                "kl/per_token": ppo.masked_mean(divergence, mask),
-                "kl/sequence": masked_sum(divergence, mask).mean(),
-                "entropy/per_token": ppo.masked_mean(torch.cat(entropies), mask),
+                "kl/per_token": ppo.masked_mean(columns["kl"], mask),
+                "kl/sequence": masked_sum(columns["kl"], mask).mean(),
+                "entropy/per_token": ppo.masked_mean(columns["entropy"], mask),
             }
         )
-        return torch.cat(policy_tokens), torch.cat(ref_tokens)
 
     @torch.no_grad()
-    def _advantages(self, token_logps: Tensor, ref_logps: Tensor, batch: TokenBatch, scores: Tensor) -> dict:
+    def _advantages(self, columns: Mapping[str, Tensor], mask: Tensor, scores: Tensor) -> dict[str, Tensor]:
         """Return per-token advantages (and, with a critic, old values and returns), (B, T) each."""
-        algo, mask = self.parts.algo, batch.response_mask
+        algo, token_logps, ref_logps = self.parts.algo, columns["logps"], columns["ref_logps"]
         effective = self.parts.algorithm.effective_reference(ref_logps, algo)
         rewards = ppo.token_rewards(
             token_logps, effective, mask, scores, beta=self.cost_weight, reward_clip=self.parts.reward_clip
@@ -125,7 +139,7 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
             baseline = ppo.leave_one_out(rewards.sum(-1), num_generations=self.parts.algo.num_generations)
             found = {"advantages": baseline.unsqueeze(-1).expand_as(rewards).masked_fill(~mask, 0.0)}
         else:
-            values = torch.cat([self.critic(piece) for piece in batch.slices(self.args.per_device_train_batch_size)])
+            values = columns["values"]
             advantages, returns = ppo.gae(rewards, values, mask, gamma=algo.gamma, lam=algo.lam)
             found = {"advantages": advantages, "old_values": values, "returns": returns}
             self._note(explained_variance=ppo.explained_variance(values, returns, mask))
@@ -148,14 +162,18 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
             )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        per_pass = cast(RLOOConfig, self.args).steps_per_generation or 1
-        starts_later_pass = self._step % per_pass == 0 and self._step % (per_pass * self.num_iterations) != 0
-        if cast(Any, self.model).training and starts_later_pass and self._buffered_inputs is not None:
-            whole = {
-                name: torch.cat([part[name] for part in self._buffered_inputs]) for name in self._buffered_inputs[0]
-            }
-            self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(whole), per_pass)
-        return super()._prepare_inputs(generation_batch)
+        """Return this rank's next micro-batch; new rollouts where an update begins, a new order where a pass does."""
+        args = cast(RLOOConfig, self.args)
+        count = args.steps_per_generation or 1
+        place, part = divmod(self._step % (count * self.num_iterations), count)
+        if place == part == 0 or not self.rollouts:
+            self.rollouts = self._generate_and_score_completions(generation_batch)
+        if part == 0 or self._buffered_inputs is None:
+            accumulated = args.gradient_accumulation_steps
+            update = self.state.global_step // (count // accumulated * self.num_iterations)
+            key, size = (args.seed, update, place), args.per_device_train_batch_size
+            self._buffered_inputs = dealt(self.rollouts, key=key, size=size, count=count, per_step=accumulated)
+        return cast(Any, self._buffered_inputs)[part]
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +182,7 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         batch = TokenBatch(*(inputs[name] for name in ROLLOUT_FIELDS))
         mask = batch.response_mask
         new_logps = logps.token_logps(model, batch, temperature=self.parts.generation.temperature, tree=self.parts.tree)
-        share = self._token_share(mask)
+        share = inputs["share"]
         loss = share * ppo.policy_loss(
             new_logps, inputs["old_logps"], inputs["advantages"], mask, clip_range=algo.clip_range
         )
@@ -180,17 +198,6 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         moved = ((values - inputs["old_values"]).detach().abs() > algo.value_clip_range).float()
         self._note(value_loss=value_loss, value_clip_fraction=share * ppo.masked_mean(moved, mask))
         return loss + value_loss  # disjoint parameters: one backward serves both
-
-    def _token_share(self, mask: Tensor) -> float:
-        """Return the tokens of this micro-batch over the mean of its optimizer step's micro-batches.
-
-        The trainer averages micro-batches with equal weight; a mean over all tokens of the step needs this weight.
-        """
-        args = cast(RLOOConfig, self.args)
-        position = self._step % (args.steps_per_generation or 1)
-        first = position - position % args.gradient_accumulation_steps
-        step = cast(Any, self._buffered_inputs)[first : first + args.gradient_accumulation_steps]
-        return float(mask.sum() * len(step) / sum(part["response_mask"].sum() for part in step))
 
     def _note(self, **metrics: Any) -> None:
         for key, value in metrics.items():
@@ -214,9 +221,18 @@ class OnlineTrainer(WholeCheckpoints, RLOOTrainer):
         optimizer.register_step_post_hook(self.critic_training.step)
         return optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the policy as it is trained; DDP takes it without a critic that lies in its module."""
+        if self.critic_training is None:
+            return super()._prepare_for_training(*args, **kwargs)
+        with self.critic_training.left_out():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def save_extra(self, folder: Path) -> None:
         """Write critic, its optimizer and the cost weight into a checkpoint."""
         critic = {} if self.critic_training is None else self.critic_training.state()
+        if not ranks.is_main():
+            return
         torch.save({"cost_weight": self.cost_weight, **critic}, folder / CRITIC_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -256,7 +272,7 @@ def online_trainer(
     """
     algo = parts.algo
     plan = updates(algo, block, len(prompts))
-    arguments = training_arguments(block, folder=folder, seed=seed, computing=computing)
+    arguments = training_arguments(block, "online", folder=folder, seed=seed, computing=computing)
     arguments.pop("num_train_epochs", None)
     arguments |= {
         "max_steps": plan.number * plan.steps,

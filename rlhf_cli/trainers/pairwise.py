@@ -132,7 +132,8 @@ def pairwise_trainer(
         seed: batch order.
         computing: device and precision.
     """
-    args = DPOConfig(**training_arguments(block, folder=folder, seed=seed, computing=computing), max_length=None)
+    arguments = training_arguments(block, "pairwise", folder=folder, seed=seed, computing=computing)
+    args = DPOConfig(**arguments, max_length=None)
     view = isinstance(reference, WithoutAdapter)  # TRL takes no such thing, and makes an adapter of its own
     trainer = PairwiseTrainer(
         policy,

@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import StageTraining, TrainedRewardConfig
-from rlhf_cli.models.adapters import plain
-from rlhf_cli.models.reward import last_values, token_values
+from rlhf_cli.models.reward import by_token, last_values
 from rlhf_cli.models.tokens import TokenBatch, collate, shared_prefix
 from rlhf_cli.rewards.base import PairScores, RewardLoss, centering_penalty, pair_loss
 from rlhf_cli.trainers.common import (
@@ -40,7 +40,7 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
     ) -> Any:
         counts, columns = inputs.pop("counts"), {name: inputs.pop(name) for name in COLUMNS}
         batch = TokenBatch(**inputs)
-        values = token_values(plain(model), batch)
+        values = model(**inputs)
         scores = last_values(values, batch)
         best = counts.cumsum(0) - counts  # row of each judgement's best response
         chosen, rejected = scores[best], scores[best + 1]
@@ -50,7 +50,7 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
             pairs = PairScores(chosen, rejected, **columns)
             per_pair = pair_loss(self.reward_loss, pairs, self.reward)
             per_pair = self._with_rankings(per_pair, scores, counts, best)
-        self._note(model, scores, chosen - rejected, columns)
+        self._note(model, {"scores": scores, "margin": chosen - rejected, **columns})
         loss = per_pair.mean()
         return (loss, None) if return_outputs else loss
 
@@ -86,8 +86,12 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
         return per_token.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
     @torch.no_grad()
-    def _note(self, model: Any, scores: Tensor, margin: Tensor, columns: dict[str, Tensor]) -> None:
-        people, label = columns["bound"].isfinite(), columns["label"]
+    def _note(self, model: Any, seen: dict[str, Tensor]) -> None:
+        """Note what is seen of a micro-batch on all ranks: a spread, or a mean over some rows, is no mean of means."""
+        parts = ranks.gather({name: values.detach().cpu() for name, values in seen.items()})
+        seen = {name: torch.cat([part[name] for part in parts]) for name in seen}
+        scores, margin, label = seen["scores"], seen["margin"], seen["label"]
+        people = seen["bound"].isfinite()
         shown = {
             "accuracy": torch.where(margin == 0, 0.5, torch.where(margin > 0, label, 1 - label)).mean(),
             "margin": margin.mean(),
@@ -95,7 +99,7 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
             "score/std": scores.std(),
         }
         if bool(people.any()):
-            bound, bounded = columns["bound"][people], margin[people]
+            bound, bounded = seen["bound"][people], margin[people]
             shown |= {"bound": bound.mean(), "bound_half": bound.mean() / 2, "bounded_margin": bounded.mean()}
             shown["beyond_bound"] = (bounded > bound).float().mean()
         for key, value in shown.items():
@@ -141,7 +145,8 @@ def reward_trainer(
         seed: batch order.
         computing: device and precision.
     """
-    args = RewardConfig(**training_arguments(block, folder=folder, seed=seed, computing=computing), max_length=None)
+    arguments = training_arguments(block, "rm", folder=folder, seed=seed, computing=computing)
+    args = RewardConfig(**arguments, max_length=None)
     trainer = LossRewardTrainer(
         model,
         args,
@@ -150,5 +155,6 @@ def reward_trainer(
         processing_class=tokenizer,
     )
     without_reference_adapter(trainer)
+    by_token(model)
     trainer.reward_loss, trainer.reward = loss, reward
     return trainer

@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_jobs import SMALL, SURVEY, gap, read_json, read_lines, sft_folder, weights
 from test_resume import interrupted_at, same_training_state
+from transformers import XGLMConfig
 
 from rlhf_cli.config.compose import load
 from rlhf_cli.errors import ConfigError, RunError
@@ -236,6 +237,24 @@ def test_qlora_without_bitsandbytes_is_refused_before_anything_is_trained_and_st
     assert trained == []
     run_dir = small("align", *LORA, "reward=gold", "algo=dpo")
     assert small("evaluate", "peft=qlora", "reward=gold", f"policy='{run_dir}'", name="evaluated").is_dir()
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "family"])
+def test_a_base_that_the_reward_model_cannot_start_from_is_refused_before_anything_is_trained(
+    what: str, foreign: Path, small: Small, tmp_path: Path, trained: list[str]
+) -> None:
+    folder = tmp_path / "bad"
+    if what == "tokenizer":
+        line = r"no tokenizer could be opened in .*bad. none of its files is there: tokenizer_config.json, "
+        shutil.copytree(foreign, folder, ignore=shutil.ignore_patterns("*token*"))
+    else:
+        line = r"can start from the model in .*bad. transformers has no sequence classifier of the family xglm"
+        shutil.copytree(foreign, folder)
+        XGLMConfig(vocab_size=64, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2).save_pretrained(folder)
+    for command in ("align", "train-rm"):
+        with pytest.raises(RunError, match=line):
+            small(command, f"model.reward_path='{folder}'", store=tmp_path / "empty", name=command)
+    assert trained == []
 
 
 def test_targets_that_match_nothing_are_refused_before_anything_is_trained(

@@ -12,7 +12,8 @@ import yaml
 from rlhf_cli.config import compose
 from rlhf_cli.config.catalog import conf_dir
 from rlhf_cli.report import methods
-from rlhf_cli.report.card import Facts, command, model_card
+from rlhf_cli.report.card import Facts, model_card
+from rlhf_cli.report.card_names import command_line
 from rlhf_cli.report.card_tables import data_rows, metric_table
 
 METRICS: dict[str, float | None] = {
@@ -99,6 +100,50 @@ def test_local_things_are_named_by_their_last_part_and_are_not_on_the_hub(tmp_pa
     assert "`base`, fine-tuned" in card
 
 
+def test_a_relative_path_is_not_taken_for_a_name_of_the_hub() -> None:
+    overrides = ["dataset=hh_rlhf", "dataset.path=data/mine", "model.path=models/opt", "+x=models/opt-2"]
+    assert front_matter(model_card(facts(*overrides[:3])))["base_model"] == ["models/opt"]
+    card = model_card(facts(*overrides[:3], local={"data/mine", "models/opt"}, data_hash="ab" * 32))
+    assert {"base_model", "datasets"}.isdisjoint(front_matter(card))
+    assert "models/" not in card
+    assert "data/mine" not in card
+    assert "| from | `mine`, sha256 `abababababababab…` |" in card
+    found = command_line("align", overrides, None, {"data/mine", "models/opt"})
+    assert found == "rlhf align dataset=hh_rlhf dataset.path=mine model.path=opt +x=models/opt-2"
+
+
+def test_no_setting_tells_where_something_lies() -> None:
+    card = model_card(facts(*HH, "reward=pcrm_cosine", "reward.encoder=/home/me/bert", base="/home/me/sft"))
+    assert "encoder=bert" in card
+    assert "/home/me" not in card
+    assert "base_model" not in front_matter(card)
+    parts = ["dataset=mixture", "dataset.parts=[hh_rlhf,/home/me/a.jsonl]", "dataset.weights=[1,3]"]
+    assert "| mixture | `hh_rlhf` × 1, `a.jsonl` × 3 |" in model_card(facts(*parts))
+
+
+def test_quotes_in_the_command_stay_readable() -> None:
+    given = ["dataset.path='/my data/a b.jsonl'", "tag='$x'"]
+    text = command_line("align", given, None)
+    assert text.startswith("""rlhf align "dataset.path='a b.jsonl'" """)
+    assert shlex.split(text)[2:] == ["dataset.path='a b.jsonl'", "tag='$x'"]
+
+
+def test_a_reward_model_says_where_it_started() -> None:
+    opt = [*HH, "model=opt-125m"]
+    after_sft = model_card(facts(*opt, command="train-rm"))
+    assert "Made from: `facebook/opt-125m`, fine-tuned on demonstrations." in after_sft
+    assert "| | SFT | reward model |" in after_sft
+    base = model_card(facts(*opt, "model.reward_start=base", command="train-rm"))
+    assert "Made from: `facebook/opt-125m`." in base
+    assert "| | reward model |\n" in base
+
+
+def test_learning_rates_are_those_that_were_used() -> None:
+    text = section(model_card(facts(*HH, "model=opt-125m", "peft=lora", "trainer=pretrained")), "Training")
+    assert "| learning rate | 0.0001 | 0.0001 |" in text, "ten times those for training all weights"
+    assert "learning_rate_factor" not in text, "it is in them"
+
+
 def test_an_adapter_names_its_base_and_its_library() -> None:
     card = model_card(facts(*HH, "model=opt-125m", "peft=lora", base="me/opt-sft"))
     found = front_matter(card)
@@ -111,7 +156,7 @@ def test_an_adapter_names_its_base_and_its_library() -> None:
 def test_the_command_keeps_what_changes_the_result() -> None:
     given = ["algo=pm", "run_dir='/home/me/x'", "+store_dir=/s", "tracker=none", "tracker.tags=[a]", "seed=1"]
     given += ["dataset.path='/my data/x y/a b.jsonl'", "model.path=facebook/opt-125m", "reward_model=[/a/b,~/c/d]"]
-    found = command(facts(config_dir="/home/me/own", overrides=given))
+    found = command_line("align", given, "/home/me/own")
     assert shlex.split(found) == [
         "rlhf", "align", "algo=pm", "seed=1", "dataset.path='a b.jsonl'", "model.path=facebook/opt-125m",
         "reward_model=[b,d]", "--config-dir", "own",
@@ -137,8 +182,10 @@ def test_metrics_of_the_best_checkpoint_are_its_own() -> None:
 
 def test_the_data_say_how_they_were_split_and_what_was_left_out() -> None:
     dataset = facts(*HH, "dataset.max_rows=5000").config["dataset"]
-    rows = dict(data_rows(dataset, METRICS, "Anthropic/hh-rlhf", None))
+    rows = dict(data_rows(dataset, METRICS, "Anthropic/hh-rlhf@0123456789"))
     assert rows["splits"] == "by prompt, seed 0: 10 % held out; of the rest 20 % SFT, 40 % reward model, 40 % alignment"
+    assert rows["from"] == "`Anthropic/hh-rlhf`, commit `0123456789`"
+    assert rows["split"] == "`train`"
     assert rows["rows read, at most"] == "5,000"
     assert rows["pairs for the reward model"] == "1,234"
     assert rows["left out: the prompt is longer than dataset.max_prompt_tokens"] == "7"

@@ -84,6 +84,24 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["https://mirror.example"]
 
 
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize(("kind", "file"), [("model", "resolve/main/config.json"), ("dataset", ".gitattributes")])
+def test_a_repository_that_is_not_served_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, file: str
+) -> None:
+    asked = answering(monkeypatch, status)  # else the library tries six times, for half a minute
+    with pytest.raises(RunError, match=rf"is not in the cache .* cannot be reached \(HTTP status {status}\). set key="):
+        local_folder("key", "org/name", kind=kind)
+    assert len(asked) == 1
+    assert asked[0].endswith(file)
+    assert "org/name" in asked[0]
+
+
+def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, 401)
+    assert reachable("org/model")
+
+
 def test_without_an_answer_all_libraries_stay_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = SimpleNamespace(HF_HUB_OFFLINE=False, HF_DATASETS_OFFLINE=False)
     monkeypatch.setitem(sys.modules, "datasets.config", constants)
@@ -117,6 +135,13 @@ def refused(kind: type[errors.HfHubHTTPError], status: int = 404) -> errors.HfHu
     return kind(f"{status} Client Error.\n\nA long story.", response=httpx2.Response(status, request=request))
 
 
+def behind(cause: Exception) -> Exception:
+    """Return what the library makes of an error where its cache has nothing either."""
+    error = errors.LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+    error.__cause__ = cause
+    return error
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -133,10 +158,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         ),
         (refused(errors.RevisionNotFoundError), r"has no revision v9"),
         (refused(errors.HfHubHTTPError, 503), r"could not be fetched. 503 Client Error. try again, or set key=FOLDER"),
+        (refused(errors.HfHubHTTPError, 403), r"the Hub refuses access \(HTTP status 403\).*log in with"),
+        (behind(refused(errors.HfHubHTTPError, 401)), r"the Hub refuses access \(HTTP status 401\).*log in with"),
         (FULL, r"does not fit the disk. make room, or set HF_HOME"),
         (ValueError(), r"could not be fetched. ValueError. try again"),
     ],
-    ids=["gated", "missing", "revision", "down", "disk", "other"],
+    ids=["gated", "missing", "revision", "down", "forbidden", "behind", "disk", "other"],
 )
 def test_what_keeps_a_model_away_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -210,17 +237,28 @@ def test_a_model_in_the_cache_opens_without_a_network(tmp_path: Path, family: st
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_model_of_which_the_cache_holds_a_part_is_not_there(tmp_path: Path) -> None:
+def test_a_model_of_which_the_cache_holds_a_part_says_what_is_missing(tmp_path: Path) -> None:
     snapshot = cached(tmp_path)
+
+    def refused(missing: str) -> None:
+        expected = rf"^model.path=org/model is in the cache in part \(.*\). {missing}. HF_HUB_OFFLINE is set"
+        for ask in (check_model, local_folder):
+            with pytest.raises(RunError, match=expected):
+                ask("model.path", "org/model")
+
     (snapshot / "config.json").write_text(json.dumps(CAUSAL))
-    with pytest.raises(RunError, match="model.path=org/model is not in the cache"):
-        check_model("model.path", "org/model")
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2"}}))
-    (snapshot / "1.safetensors").touch()
-    with pytest.raises(RunError, match="model.path=org/model is not in the cache"):
-        local_folder("model.path", "org/model")
-    (snapshot / "2").touch()
+    refused("its weights are missing")
+    whole = save_miniature("opt", tmp_path / "whole")
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "1.bin", "b": "2.bin"}}))
+    (snapshot / "1.bin").write_bytes(b"\x80")
+    refused("2.bin is missing")
+    (snapshot / "2.bin").write_bytes(b"\x80")
     assert local_folder("model.path", "org/model") == snapshot
+    (snapshot / "vocab.json").write_bytes((whole / "vocab.json").read_bytes())
+    check_model("model.path", "org/model")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(RunError, match="in the cache in part .*config.json is missing"):
+        check_model("model.path", "org/model")
 
 
 @pytest.mark.usefixtures("offline")

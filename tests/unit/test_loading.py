@@ -65,7 +65,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_auto_is_bfloat16_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, able: bool, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: able)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: able)
     how = loading(config(dtype=dtype), device)
     assert how == Loading(device, expected, "auto")
     assert how.trained() == Loading(device, torch.float32, "auto")

@@ -80,7 +80,7 @@ def test_phases_of_online_training() -> None:
     assert list(found) == ["generation, 64 x 9 tokens", "reading, 8 x 9 tokens", "training, 8 x 9 tokens"]
     assert (generation.cache, generation.logits, generation.activations, generation.total) == (500.0, 6.0, 4.0, 510.0)
     assert (reading.logits, reading.activations) == (60.0, 5.0)
-    # The critic is read and its activations are kept while those of the policy are: 100 + 90 is below 150, no: above it.
+    # The critic reads while the activations of the policy wait: 100 + 90, which is above 150.
     assert training.total == 190.0 + 4 * (N + R)
     assert training.gradients == 4 * (N + R)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlhf_cli import rewards
 from rlhf_cli.config.schema import StageTraining
+from rlhf_cli.models import reward as reward_models
 from rlhf_cli.models.tokens import TokenBatch
-from rlhf_cli.trainers import reward as reward_trainers
 from rlhf_cli.trainers.common import Computing
 from rlhf_cli.trainers.reward import JudgementCollator, LossRewardTrainer, reward_trainer
 
@@ -66,7 +66,7 @@ def make(tmp_path: Path) -> Make:
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The score at a position is the worth of its token."""
-    monkeypatch.setattr(reward_trainers, "token_values", lambda model, batch: WORTH[batch.input_ids])
+    monkeypatch.setattr(reward_models, "_values", lambda model, batch: WORTH[batch.input_ids])
 
 
 def loss_of(trainer: LossRewardTrainer, rows: list[dict[str, Any]]) -> float:

@@ -4,8 +4,10 @@ from collections import Counter
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare, kstest
 from tiny_models import BOS, EOS, PAD, VOCAB, tiny_policy
 
 from rlhf_cli.errors import RunError
@@ -93,6 +95,32 @@ def test_the_seed_alone_decides() -> None:
     assert sampled(PROMPTS * 10) != sampled(PROMPTS * 10, seed=1)
 
 
+def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
+    streams = row_streams(3, 7, rows=range(30))
+    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_ids": [EOS], "pad_id": PAD}
+    whole = sample(POLICY, PROMPTS * 10, streams=streams, **how)
+    assert len({tuple(ids) for ids in whole}) > 20
+    halves = [sample(POLICY, (PROMPTS * 10)[rows], streams=streams[rows], **how) for rows in (slice(15), slice(15, 30))]
+    assert halves[0] + halves[1] == whole
+    assert [sample(POLICY, [PROMPTS[i % 3]], streams=[streams[i]], **how)[0] for i in range(30)] == whole
+    torch.manual_seed(1)
+    assert sample(POLICY, PROMPTS * 10, streams=streams, **how) == whole
+
+
+def test_streams_are_told_apart_by_every_part_of_their_key() -> None:
+    found = [row_streams(*key, rows=range(50)) for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]]
+    assert len({stream for streams in found for stream in streams}) == 250
+    assert row_streams(0, 1, rows=[9, 3]) == [found[2][9], found[2][3]]
+    assert row_streams(5, rows=[]) == []
+
+
+def test_uniforms_are_uniform_and_independent_between_neighbouring_rows() -> None:
+    numbers = uniforms(row_streams(0, rows=range(2000)), 5).numpy()
+    assert kstest(numbers.ravel(), "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 3 / 100  # 3 sigma of 10,000 pairs
+    assert uniforms([], 5).shape == (0, 5)
+
+
 def test_a_closed_vocabulary_gives_valid_answers_with_their_probabilities() -> None:
     found = sampled([prompt for prompt in PROMPTS for _ in range(DRAWS)], tree=TREE)
     assert {tuple(ids) for ids in found} == {tuple(ids) for ids in ANSWERS}
@@ -128,6 +156,30 @@ def test_top_p_keeps_the_nucleus(top_p: float, expected: list[float]) -> None:
     found = shares(top_p)
     assert found == pytest.approx(expected, abs=0.015)
     assert [share == 0 for share in found] == [share == 0 for share in expected]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_tokens_have_their_probabilities(top_p: float) -> None:
+    logits = 3 * torch.randn(300, generator=torch.Generator().manual_seed(4))
+    exact = logits.double().softmax(-1)
+    exact = exact * nucleus(exact, top_p)
+    exact = exact / exact.sum()
+    luck = torch.rand(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    counts = torch.bincount(draw(logits.expand(50_000, 300), top_p, luck), minlength=300).double()
+    assert counts[exact == 0].sum() == 0
+    often = 50_000 * exact >= 5
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    expected = 50_000 * torch.cat([exact[often], exact[~often].sum()[None]])
+    keep = expected > 0
+    assert chisquare(observed[keep], expected[keep]).pvalue > 0.01
+
+
+def test_the_ends_of_the_unit_interval_draw_tokens_that_can_be_drawn() -> None:
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    for logits, (first, last) in {(-1e9, 0.0, 1.0, -1e9): (1, 2), (0.0, -1e9, -1e9, -1e9): (0, 0)}.items():
+        assert draw(torch.tensor(logits).expand(2, 4), 1.0, ends).tolist() == [first, last]
+    wide = torch.cat([torch.randn(100_000), torch.full((5,), -1e9)]).expand(2, -1)
+    assert draw(wide, 1.0, ends).max() < 100_000
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

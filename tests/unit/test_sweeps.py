@@ -17,7 +17,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from typer.testing import Result
 
-from rlhf_cli import jobs
+from rlhf_cli import jobs, objective
 from rlhf_cli.config import compose, sweeps
 from rlhf_cli.config.catalog import Catalog, conf_dir
 from rlhf_cli.config.naming import group_name, job_name, run_name
@@ -418,7 +418,7 @@ def test_optuna_goes_both_ways_and_survives_failed_jobs(
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "check_metrics", lambda sweep: None)  # of one metric both directions are tried
+    monkeypatch.setattr(objective, "check", lambda sweep: None)  # of one metric both directions are tried
     setting = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1"]
     setting += ["hydra.sweeper.sampler.seed=1"]
 

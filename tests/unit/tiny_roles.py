@@ -72,6 +72,7 @@ def trained_roles(
     advantage: str = "gae",
     steps: int = 4,
     micro: int | None = None,
+    generation: GenerationConfig | None = None,
     **computing: Any,
 ) -> Trained:
     """Return a trainer of pm on four prompts; `places` holds base/ and rm/, and is filled if it does not."""
@@ -100,7 +101,7 @@ def trained_roles(
     parts = OnlineParts(
         algorithm=algos.get("pm"), algo=algo, reward=reward, reward_clip=5.0, reference=WithoutAdapter(policy),
         critic=None if critic is None else Critic(critic),
-        generation=GenerationConfig(name="default", engine="lean", temperature=1.0, top_p=1.0), tree=None,
+        generation=generation or GenerationConfig(name="default", engine="lean", temperature=1.0, top_p=1.0), tree=None,
     )  # fmt: skip
     block = OnlineTraining(
         max_steps=steps, epochs=None, batch_size=8, micro_batch_size=micro, learning_rate=5e-3, lr_scheduler="linear",
