@@ -37,7 +37,7 @@ SCHEMAS: dict[str, list[type]] = {
     "algo": [validate.algo_schema(name, CATALOG) for name in CATALOG.choices("algo")],
     "algo/constraint": [validate.PRIORS[name] for name in CATALOG.choices("algo/constraint")],
     "dataset": list(inputs.DATASETS.values()),
-    "generation": [schema.GenerationConfig],
+    "generation": [schema.GenerationConfig, schema.VllmGeneration],
     "judge": [schema.JudgeConfig],
     "model": [inputs.MadeModelConfig],
     "peft": list(inputs.PEFT.values()),

@@ -22,7 +22,7 @@ from rlhf_cli.data.tokenizer import word_tokenizer
 # (class, method, parameters after self, what our code needs it for)
 HOOKS = [
     (RLOOTrainer, "_tokenize_prompts", ["prompts"], "OnlineTrainer hands over prompt ids made once by data/encode.py"),
-    (RLOOTrainer, "_generate_single_turn", ["prompt_ids", "images", "multimodal_fields"], "the lean sampler"),
+    (RLOOTrainer, "_generate_single_turn", ["prompt_ids", "images", "multimodal_fields"], "the engine that samples"),
     (RLOOTrainer, "_generate", ["prompts"], "_generate_and_score_completions calls it for ids and text"),
     (
         RLOOTrainer,

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Per-token log-probs of a batch of pairs under policy and reference, nats, (B, T); masks bool, True keeps."""
+    """Per-token log-probs of a micro-batch of pairs under policy and reference, nats, (B, T); masks bool, True keeps.
+
+    `token_share` is the number of its chosen tokens over the mean of the micro-batches of its optimizer step, which are
+    averaged with equal weight: a mean over tokens takes it to be one over those of the whole batch.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -24,6 +28,7 @@ class PairLogps:
     ref_rejected: Tensor
     chosen_mask: Tensor
     rejected_mask: Tensor
+    token_share: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def importance_weights(token_logps: Tensor, engine_logps: Tensor, mask: Tensor, 
     """Return the weight of each token that an engine drew whose numbers differ from training's, (B, T); 1 where masked.
 
     min(pi(y_t|.) / mu(y_t|.), cap),  pi as training reads the policy, mu as the engine did
-    (truncated importance sampling, as in TRL's GRPO, here per token). Multiplied with the advantages, it multiplies
+    (truncated importance sampling, as in TRL's GRPO with token_truncate). Multiplied with the advantages, it multiplies
     the policy loss, since that is linear in an advantage of either sign.
 
     Args:

@@ -83,6 +83,8 @@ def _reference(ref_token_logps: Tensor, cfg: Any) -> Tensor:
 def _pair_loss(batch: PairLogps, cfg: Any) -> dict[str, Tensor]:
     terms = pairwise_terms(batch, cfg, _reference)
     sft = sft_term(batch.chosen, batch.chosen_mask, reduction=cfg.sft_reduction)
+    if cfg.sft_reduction == "token_mean":
+        sft = sft * batch.token_share
     weight = cfg.eta * (cfg.beta if cfg.sft_scale_by_beta else 1.0)
     return {**terms, "loss": terms["loss"] + weight * sft, "sft_term": sft.detach()}
 

@@ -82,7 +82,7 @@ def launch_schema(name: Any) -> type[LaunchConfig]:
     return LAUNCH[name]
 
 
-def check_launch(command: str, launch: Any, device: str) -> None:
+def check_launch(launch: Any, device: str) -> None:
     """Refuse a launch that cannot start, as far as the config alone tells.
 
     Raises:
@@ -90,14 +90,6 @@ def check_launch(command: str, launch: Any, device: str) -> None:
     """
     if launch.name == "local":
         return
-    several = launch.name == "accelerate" or launch.processes > 1 or getattr(launch, "machines", 1) > 1
-    if command == "evaluate" and several:
-        asked = "launch=accelerate" if launch.name == "accelerate" else f"launch.processes={launch.processes}"
-        raise ConfigError(
-            f"{asked} does not go with evaluate",
-            "A policy is measured in one process",
-            "Leave launch out" if launch.name == "accelerate" else "Use launch.processes=1 launch.machines=1",
-        )
     if launch.strategy != "ddp" and device == "cpu":
         raise ConfigError(
             f"launch.strategy={launch.strategy} does not go with device=cpu",

@@ -64,7 +64,7 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_online(cfg.algo, cfg.trainer.online)
     if hasattr(cfg, "generation"):
         _check_generation(cfg.generation, cfg.dataset, cfg.peft)
-    check_launch(command, cfg.launch, cfg.device)
+    check_launch(cfg.launch, cfg.device)
 
 
 def _check_model(model: ModelConfig, peft: PeftConfig) -> None:

@@ -14,16 +14,24 @@ from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.errors import ConfigError
 
 
-def is_elsewhere(cfg: CommandConfig) -> bool:
+def is_elsewhere(command: str, cfg: CommandConfig) -> bool:
     """Return whether the job is for other processes than this one.
 
     Raises:
-        ConfigError: something else than rlhf has started this process as one of several.
+        ConfigError: a measurement for several processes; or something else than rlhf has started this one as a rank.
     """
     if ranks.launched():
         return False
     ranks.refuse_others()
-    return cfg.launch.name != "local"
+    how = cfg.launch
+    several = isinstance(how, AccelerateConfig) or getattr(how, "processes", 1) * getattr(how, "machines", 1) > 1
+    if command == "evaluate" and several:
+        raise ConfigError(
+            f"launch={how.name} with several processes does not go with evaluate",
+            "A policy is measured in one process",
+            "Leave launch out" if isinstance(how, AccelerateConfig) else "Use launch.processes=1 launch.machines=1",
+        )
+    return how.name != "local"
 
 
 def is_submitted(cfg: CommandConfig) -> bool:

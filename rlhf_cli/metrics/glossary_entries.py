@@ -256,6 +256,13 @@ GLOSSARY: dict[str, Metric] = {
         "share", "Variance of the returns that the critic explains; below 0 it is worse than none", "higher"
     ),
     "clip_fraction": Metric("share", "Tokens whose probability ratio was clipped", "none"),
+    "engine/ratio": Metric(
+        "", "Mean of policy over engine probability of the sampled tokens; 1 where they agree", "none"
+    ),
+    "engine/max_difference": Metric(
+        "nats", "Largest difference of the log-probs of training and engine, of a token of an update", "lower"
+    ),
+    "engine/capped": Metric("share", "Tokens whose importance weight was cut at generation.correction_cap", "lower"),
     "value_clip_fraction": Metric("share", "Tokens whose value was clipped", "none"),
     "cost/sequence": Metric(
         "nats", "The regulariser's cost of a response: log policy minus effective reference, summed", "none"

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
@@ -16,7 +17,8 @@ from rlhf_cli.config.schema import ModelConfig
 from rlhf_cli.errors import RunError
 
 # Of transformers, and of the readers of its files: a damaged one shows in many ways.
-REFUSALS = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+REFUSALS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError)
+REFUSALS += (UnpicklingError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ def training_rows(command: str, config: dict[str, Any]) -> list[list[str]]:
 
 
 def _length(block: dict[str, Any]) -> str:
-    if block.get("max_steps"):
+    if block.get("max_steps") == 0:  # of SFT: the model it began with is an SFT policy
+        return "none, had its SFT"
+    if block.get("max_steps") is not None:
         return f"{block['max_steps']:,} steps"
     return f"{block['epochs']:g} epochs"
 

@@ -165,7 +165,7 @@ def _write_model(finished: FinishedRun, source: Path, tokenizer: Any, folder: Pa
         _set_generation(model, tokenizer, finished)
         model.save_pretrained(folder, max_shard_size=SHARD)
         dtype = str(model.dtype).removeprefix("torch.")
-    _save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder)
     for name in (CENTRE_FILE, CALIBRATION_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -219,7 +219,7 @@ def _set_generation(model: Any, tokenizer: Any, finished: FinishedRun) -> None:
     )
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save the tokenizer so that calling it on a prompt gives the ids that the model was trained on."""
     for key in ("is_local", "local_files_only"):  # of this machine
         tokenizer.init_kwargs.pop(key, None)

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a mistake is answered at once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,10 @@ def check_out(out: Path, file: Path | None) -> None:
         ConfigError: saying which.
         RunError: its folder cannot be made or written.
     """
-    if out.suffix != ".jsonl" or out.is_dir():
+    if out.suffix != ".jsonl" or os.path.isdir(out):
         raise ConfigError(f"--out {out} is no .jsonl file", "answers are written one a line", "Name a FILE.jsonl")
     check_folder(out.parent, "--out")
-    if not out.exists():
+    if not os.path.exists(out):  # a name too long is told when it is written
         return
     if file is not None and file.exists() and out.samefile(file):
         raise ConfigError(f"--out {out} is the file of the prompts", "", "Choose another file")

@@ -6,6 +6,7 @@ say how probable each token was to them: training weighs what they drew by the r
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -138,12 +139,14 @@ def _continuous(trainer: Any, prompts: list[list[int]]) -> Drawn:
             generation_config=trainer.generation_config, continuous_batching_config=ContinuousBatchingConfig(**settings)
         )
         names = manager.add_requests(prompts)  # before it starts, or threads would decide which rows go together
+        gc.freeze()  # its stop collects garbage twice, and else among every object of the program: a second a time
         manager.start()
         try:
             found = _outputs(manager, names)
         finally:
             manager.stop(block=True)
             manager.destroy()
+            gc.unfreeze()
     logps = [list(output.logprobs) for output in found] if settings["return_logprobs"] else None
     return Drawn([list(output.generated_tokens) for output in found], logps)
 

@@ -37,19 +37,27 @@ class PairwiseTrainer(WholeBatches, WholeCheckpoints, DPOTrainer):
     reference: Any
     temperature: float
     tree: PrefixTree | None
+    mean_tokens: float | None = None  # chosen tokens of a micro-batch of the step; None: it has one alone
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset  # rows are token ids already
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
+        """Return what the trainer counts; note the mean number of chosen tokens of the step's micro-batches."""
+        counts = torch.tensor([_chosen_tokens(inputs) for inputs in batch_samples], device=device)
+        self.mean_tokens = float(self.accelerator.gather(counts).double().mean())
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         bound = inputs.pop("bound", None)
+        share = 1.0 if self.mean_tokens is None else _chosen_tokens(inputs) / self.mean_tokens
         batch = TokenBatch(**inputs)
         logps = token_logps(model, batch, temperature=self.temperature, tree=self.tree)
         with torch.no_grad():
             ref_logps = token_logps(self.reference, batch, temperature=self.temperature, tree=self.tree)
         sides = [tensor.chunk(2) for tensor in (logps, ref_logps, batch.response_mask)]
         (chosen, rejected), (ref_chosen, ref_rejected), (chosen_mask, rejected_mask) = sides
-        pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask)
+        pairs = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask, share)
         assert self.algorithm.pair_loss is not None
         terms = self.algorithm.pair_loss(pairs, self.algo)
         logits = terms.pop("logits", None)
@@ -85,6 +93,10 @@ class PairwiseTrainer(WholeBatches, WholeCheckpoints, DPOTrainer):
             }
         for key, value in shown.items():
             self._metrics["train" if model.training else "eval"][key].append(float(value.detach()))
+
+
+def _chosen_tokens(inputs: dict[str, torch.Tensor]) -> int:
+    return int(inputs["response_mask"].chunk(2)[0].sum())
 
 
 class PairCollator:

@@ -50,7 +50,7 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
             pairs = PairScores(chosen, rejected, **columns)
             per_pair = pair_loss(self.reward_loss, pairs, self.reward)
             per_pair = self._with_rankings(per_pair, scores, counts, best)
-        self._note(model, {"scores": scores, "margin": chosen - rejected, **columns})
+        self._note(model, {**columns, "scores": scores, "difference": chosen - rejected})
         loss = per_pair.mean()
         return (loss, None) if return_outputs else loss
 
@@ -90,7 +90,7 @@ class LossRewardTrainer(WholeBatches, WholeCheckpoints, RewardTrainer):
         """Note what is seen of a micro-batch on all ranks: a spread, or a mean over some rows, is no mean of means."""
         parts = ranks.gather({name: values.detach().cpu() for name, values in seen.items()})
         seen = {name: torch.cat([part[name] for part in parts]) for name in seen}
-        scores, margin, label = seen["scores"], seen["margin"], seen["label"]
+        scores, margin, label = seen["scores"], seen["difference"], seen["label"]
         people = seen["bound"].isfinite()
         shown = {
             "accuracy": torch.where(margin == 0, 0.5, torch.where(margin > 0, label, 1 - label)).mean(),

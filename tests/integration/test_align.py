@@ -132,6 +132,7 @@ SETTINGS = {
     "one-response-a-prompt": ["algo=pm", "algo.num_generations=1"],
     "three-responses-a-prompt": ["algo=pm", "algo.num_generations=3", "trainer.online.batch_size=12"],
     "transformers-generate": ["algo=pm", "generation=generate", "generation.top_p=0.9"],
+    "continuous-batching": ["algo=pm", "generation=continuous"],
     "temperature": ["algo=kl_ppo", "generation.temperature=0.7"],
     "no-reward-clip": ["algo=pm", "reward.clip=null", "reward.negative_share=0"],
     "epochs": ["algo=pm", "trainer.online.max_steps=null", "trainer.online.epochs=4"],

@@ -54,6 +54,7 @@ def align(rlhf: Rlhf) -> Callable[..., Result]:
             ["dataset.closed_vocabulary=true", "generation.engine=generate"],
             "dataset.closed_vocabulary=true does not go with generation.engine=generate",
         ),
+        (["generation=vllm"], "generation=vllm needs vLLM, which is not installed"),
         (["run_dir=file/run"], "run_dir=file/run cannot be a folder"),
         (["store_dir=file/store"], "store_dir=file/store cannot be a folder"),
         (["run_dir=folder"], "run_dir=folder is in use. it holds files (notes.txt …) and is not a run folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -189,6 +190,24 @@ def test_an_edited_card_is_kept_and_a_foreign_folder_is_left_alone(
     assert files(tmp_path / "own") == {"thesis.tex"}
 
 
+def test_the_folder_one_stands_in_is_not_replaced(
+    rlhf: Rlhf, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", str(tmp_path / "here")):
+        assert "is the folder you are in" in refused(rlhf("export", str(made["pm"]), out))
+    assert Path.cwd().is_dir()
+
+
+def test_whoever_reads_the_card_may_read_the_weights(rlhf: Rlhf, made: dict[str, Path], tmp_path: Path) -> None:
+    for kind, options in (("pm", []), ("lora", ["--adapter", "me/sft"])):
+        folder = exported(rlhf, made[kind], tmp_path / kind, *options)
+        (tmp_path / "other").touch()
+        modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+        assert set(modes.values()) == {(tmp_path / "other").stat().st_mode}, modes
+
+
 def test_an_export_is_whole_or_not_there(
     rlhf: Rlhf, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,11 +215,12 @@ def test_an_export_is_whole_or_not_there(
     there = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def fail(*_: Any) -> str:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export, "model_card", fail)
     for name in ("out", "new"):
-        assert isinstance(rlhf("export", str(made["rm"]), str(tmp_path / name)).exception, OSError)
+        line = refused(rlhf("export", str(made["rm"]), str(tmp_path / name)))
+        assert f"{name} cannot be written. No space left on device. make room" in line
     assert {path.name: path.read_bytes() for path in out.iterdir()} == there
     assert files(tmp_path) == {"out"}
 

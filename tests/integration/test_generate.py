@@ -16,7 +16,7 @@ from typer.testing import Result
 
 from rlhf_cli.data.encode import decode_response, encode_prompt, encode_response
 from rlhf_cli.models.reward import ModelReward
-from rlhf_cli.stages import generate
+from rlhf_cli.stages import generate, speakers
 from rlhf_cli.stages.prompts import Asked
 
 Rlhf = Callable[..., Result]
@@ -115,18 +115,64 @@ def test_prompts_come_from_files_and_pipes(rlhf: Rlhf, run: Path, tmp_path: Path
     assert "there is no prompt" in refused(rlhf("generate", str(run)))
 
 
+def test_prompts_are_answered_alike_in_one_batch_or_many(
+    rlhf: Rlhf, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = [SEASON, MEAL, SEASON, "--samples", "3", "--reward"]
+    first = answered(rlhf, run, *ask)
+    monkeypatch.setitem(speakers.BATCH, "cpu", 2)
+    in_parts = answered(rlhf, run, *ask, name="parts.jsonl")
+    assert [line["completion"] for line in in_parts] == [line["completion"] for line in first]
+    assert [line["reward"] for line in in_parts] == pytest.approx([line["reward"] for line in first], abs=1e-5)
+    assert [line["reference"] for line in in_parts] == [line["reference"] for line in first]
+
+
+def test_nothing_is_answered_where_the_last_prompt_is_too_long(rlhf: Rlhf, run: Path) -> None:
+    result = rlhf("generate", str(run), *[SEASON] * 20, "season " * 40)
+    assert "a prompt has 41 tokens" in refused(result)
+    assert result.stdout == ""
+
+
+def test_what_is_no_answer_is_not_replaced(rlhf: Rlhf, run: Path, tmp_path: Path) -> None:
+    pairs = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    assert "holds something else than answers" in refused(rlhf("generate", str(run), SEASON, "--out", "pairs.jsonl"))
+    assert (tmp_path / "pairs.jsonl").read_text() == pairs
+    before = answered(rlhf, run, SEASON)
+    line = refused(rlhf("generate", str(run), "--file", "out.jsonl", "--out", "out.jsonl"))
+    assert "is the file of the prompts" in line
+    assert read_lines(tmp_path / "out.jsonl") == before
+    assert answered(rlhf, run, MEAL) != before, "earlier answers are"
+
+
 def test_a_conversation_goes_on_until_an_empty_line(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed = iter([SEASON, "season " * 40, SEASON, "", "never read"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    generate.run(str(run), None, Asked(reference=False, device="cpu"))
+    out = tmp_path / "talk.jsonl"
+    generate.run(str(run), None, Asked(reference=False, device="cpu"), out)
     printed = capsys.readouterr()
+    assert [line["completion"] for line in read_lines(out)] == re.findall(r"^    (.*)$", printed.out, re.MULTILINE)
     assert next(typed) == "never read"
     answers = re.findall(r"^    (.*)$", printed.out, re.MULTILINE)
     assert len(answers) == 2
     assert answers[0] != answers[1], "asked again, it is drawn again"
     assert "error: a prompt has 41 tokens" in printed.err, "and it goes on"
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_conversation(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    typed = iter([SEASON, interrupted])
+    monkeypatch.setattr("builtins.input", lambda prompt: text() if callable(text := next(typed)) else text)
+    monkeypatch.setattr(speakers, "draw", interrupted)
+    generate.run(str(run), None, Asked(reference=False, device="cpu"))
+    assert "stopped; an empty line ends" in capsys.readouterr().err
+    assert next(typed, None) is None
 
 
 def test_an_export_answers_as_its_run(rlhf: Rlhf, run: Path, tmp_path: Path) -> None:
@@ -155,6 +201,8 @@ def test_a_closed_vocabulary_and_unknown_words_are_said(rlhf: Rlhf, finished: Ca
         ("nowhere", [SEASON], r"RUN=nowhere is not a folder"),
         ("RM", [SEASON], r"holds a reward model, not a policy"),
         ("RUN", [SEASON, "--out", "file/x.jsonl"], r"--out=file cannot be a folder"),
+        ("RUN", [SEASON, "--out", "answers.txt"], r"--out answers.txt is no .jsonl file"),
+        ("RUN", [SEASON, "--out", f"{'x' * 300}.jsonl"], r"--out x+.jsonl cannot be written. File name too long"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(

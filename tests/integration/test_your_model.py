@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_from_a_local_file_and_a_local_model_to_an_export(rlhf: Callable[..., Re
     for _, command, *args in commands:
         quiet = ["tracker=none"] if command in FEWER else []
         result = rlhf(command, *args, *FEWER.get(command, []), *quiet)
-        assert result.exit_code == 0, (result.output, result.exception)
+        assert result.exit_code == 0, (command, result.output, traceback.format_exception(result.exception))
         answers[command] = result.output
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(pairs) > 2000
@@ -43,6 +44,7 @@ def test_from_a_local_file_and_a_local_model_to_an_export(rlhf: Callable[..., Re
     metrics = json.loads((tmp_path / "runs/mine/metrics.json").read_text(encoding="utf-8"))
     assert 0 < metrics["pm/tv"] < 1
     assert "policy 5" in answers["generate"]
+    assert "none, had its SFT" in (tmp_path / "runs/mine/export/README.md").read_text(encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/mine/export")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs/mine/export")
     logits = model(**tokenizer("Which season do you like best?", return_tensors="pt")).logits

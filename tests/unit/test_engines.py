@@ -91,7 +91,7 @@ def test_vllm_samples_with_the_log_probs_of_training(tmp_path: Path) -> None:
 @here
 def test_responses_end_with_end_of_sequence_or_are_cut(name: str, tmp_path: Path) -> None:
     found = drawn(trainer_of(name, tmp_path), PROMPTS * 40)
-    assert all(EOS not in ids[:-1] and PAD not in ids[:-1] and 1 <= len(ids) <= 6 for ids in found)
+    assert all(EOS not in ids[:-1] and 1 <= len(ids) <= 6 for ids in found)
     assert all(ids[-1] == EOS or len(ids) == 6 for ids in found)
     assert any(ids[-1] == EOS for ids in found)
     assert any(ids[-1] != EOS for ids in found)
@@ -164,7 +164,7 @@ def test_failures_of_continuous_batching_are_told(tmp_path: Path, monkeypatch: p
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(type(trainer.model), "forward", fails)
+    monkeypatch.setattr(trainer.model.model.decoder.layers[1], "forward", fails)
     with pytest.raises(RunError, match="continuous batching failed. no such kernel. use generation=default"):
         drawn(trainer, PROMPTS)
 

@@ -12,10 +12,30 @@ from typer.testing import Result
 
 from rlhf_cli.config import compose
 from rlhf_cli.errors import RunError
+from rlhf_cli.models import dry_run
+from rlhf_cli.models.dry_run import Work
 from rlhf_cli.stages import footprint
 from rlhf_cli.stages.footprint import announce, plan_of, remedies, report, shapes, stages_needed
 
 GB = 1e9
+
+
+def passes(share: float) -> Callable[..., Work]:
+    """Return what a pass takes, made up: a number of bytes a token, a third of it with checkpointing."""
+
+    def taken(shape: Any, how: dry_run.Holding, tokens: dry_run.Tokens) -> Work:
+        size = share * tokens.rows * (tokens.prompt + tokens.response) * (1 / 3 if how.checkpointing else 1)
+        return Work(size / 2, size, size / 4)
+
+    return taken
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes themselves are held in test_memory_shapes.py."""
+    for name in ("trained_policy", "trained_values", "trained_on_text", "compared", "read"):
+        monkeypatch.setattr(dry_run, name, passes(2e5))
+    monkeypatch.setattr(dry_run, "generated", passes(1e4))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +73,7 @@ def total(cfg: Any, stage: str) -> float:
 def test_a_model_that_is_made_here_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     announce(config("train-rm"))
     said = capsys.readouterr().out
-    assert said.startswith("memory: about 0.")
+    assert said.startswith("memory: about ")
     assert said.endswith("of 1000000.0 GB free\n")
     assert said.count("\n") == 1
 
@@ -102,8 +122,8 @@ def test_too_little_memory_is_a_watch_out_with_settings_that_help(model: Path, m
     setting, told = lines[-1].split()
     assert setting == "trainer.online.micro_batch_size=2"
     assert float(told) == pytest.approx(total(config("align", *own(model, setting)), "online") / GB, abs=0.06)
-    free(monkeypatch, 0.01 * everything)
-    assert "needs more memory than cpu has free, as does sft;" in report(cfg, ["sft", "online"])[-8:][0] + "".join(
+    free(monkeypatch, 0.1 * everything)
+    assert "online needs more memory than cpu has free, as does sft; what lowers it:" in "".join(
         report(cfg, ["sft", "online"])
     )
 
@@ -112,16 +132,13 @@ def test_each_remedy_does_what_is_said_of_it(model: Path) -> None:
     cfg = config("align", *own(model))
     everything = total(cfg, "online")
     found = remedies(cfg, footprint.estimate(plan_of(cfg, "online"), *shapes(cfg)), free=0.3 * everything)
-    assert (
-        list(found)[:4]
-        == [
-            "trainer.online.micro_batch_size=2",
-            "model.gradient_checkpointing=true",
-            "trainer.online.batch_size=32",
-            "peft=lora",
-        ]
-        or "peft=lora" in found
-    )
+    assert list(found) == [
+        "trainer.online.micro_batch_size=2",
+        "model.gradient_checkpointing=true",
+        "peft=lora",
+        "peft=lora model.share_base=true",
+        "trainer.online.micro_batch_size=2 model.gradient_checkpointing=true peft=lora",
+    ]
     for setting, told in found.items():
         assert total(config("align", *own(model, *setting.split())), "online") == pytest.approx(told), setting
         assert told < everything
@@ -160,15 +177,8 @@ def test_adapters_and_the_shared_base_reach_the_plan(model: Path) -> None:
 
 def test_the_reward_models_body_may_be_another(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
-        other
-    )  # fmt: skip
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "num_hidden_layers": 2}
+    OPTConfig(**sizes, num_attention_heads=2).save_pretrained(other)
     policy, reward = shapes(config("align", *own(model, f"model.reward_path={other}")))
     assert (policy.config.hidden_size, reward and reward.config.hidden_size) == (512, 64)
     assert shapes(config("align", *own(model)))[1] is None
-
-
-def test_the_command_says_it_before_it_misses_the_weights(rlhf: Callable[..., Result], model: Path) -> None:
-    found = rlhf("train-sft", *own(model), "dataset.path=data.jsonl", "tracker=none", "device=cpu")
-    assert found.exit_code == 2
-    assert "data.jsonl" in found.output  # the data is looked for first

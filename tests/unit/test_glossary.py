@@ -11,6 +11,7 @@ pm/pair_tv/lo pm/pair_tv/hi pm/pair_tv/n heldout/pm/tv heldout/pm/tv_max referen
 best/step best/pm/tv reference/mass_near_alpha reward/mean reward/std reward/clip_fraction score/mean kl/per_token
 kl/sequence entropy/per_token length/mean eos_rate perplexity/chosen
 loss policy_loss value_loss explained_variance clip_fraction value_clip_fraction cost/sequence
+engine/ratio engine/max_difference engine/capped
 beta advantage/std learning_rate grad_norm sft_term dpo_loss
 accuracy margin chosen_logps rejected_logps chosen_logps_change sft/loss rm/loss rm/accuracy
 rm/negative_accuracy step

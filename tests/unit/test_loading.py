@@ -65,7 +65,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_auto_is_bfloat16_where_the_gpu_has_it(
     monkeypatch: pytest.MonkeyPatch, dtype: str, device: str, able: bool, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: able)
+    # older GPUs emulate it, and are slower with it than without
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: able or including_emulation)
     how = loading(config(dtype=dtype), device)
     assert how == Loading(device, expected, "auto")
     assert how.trained() == Loading(device, torch.float32, "auto")
@@ -166,6 +167,34 @@ def test_a_classifier_that_reads_from_both_sides_is_refused(tmp_path: Path) -> N
     BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=1, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(RunError, match="is a BertForSequenceClassification. rewards are read at the last token"):
         load_reward_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_size": 64}, "its weights have other shapes than its config.json says"),
+        ({"hidden_size": "wide"}, "Validation error for field 'hidden_size': .*wide"),
+        ({"model_type": "t5"}, "its family has no model of this kind in transformers"),
+        ({"model_type": "brandnew"}, "has model type `brandnew` but Transformers does not recognize"),
+        (
+            {"model_type": "brandnew", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.Y"}},
+            "it brings Python code of its own, which is not run",
+        ),
+    ],
+    ids=["shapes", "type", "family", "new", "code"],
+)
+def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    file = save_miniature("llama-3.2", tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(RunError, match=f"^no policy could be opened in .*{why}") as raised:
+        load_policy(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_are_no_pickle_are_one_line(tmp_path: Path) -> None:
+    (save_miniature("opt-350m", tmp_path) / "pytorch_model.bin").write_bytes(b"garbage")
+    with pytest.raises(RunError, match=r"^no policy could be opened in .*Weights only load failed\."):
+        load_policy(tmp_path)
 
 
 def test_gpt2_is_a_policy_too(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from miniatures import save_miniature
-from model_checks import Outcome, adapters_moved, check_numbers, everything_moved, linear_layers_moved, weights_held
+from model_checks import check_numbers
 from model_readings import agrees, greedy, probe
+from model_weights import Outcome, adapters_moved, everything_moved, linear_layers_moved, weights_held
 from models import Cell, Row, page
 
 from rlhf_cli.config.schema import LoraConfig

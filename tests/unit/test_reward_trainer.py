@@ -202,7 +202,7 @@ def test_tokens_before_the_first_difference_have_no_gradient(make: Make, monkeyp
         seen.append(WORTH[batch.input_ids].clone().requires_grad_())
         return seen[-1]
 
-    monkeypatch.setattr(reward_trainers, "token_values", values)
+    monkeypatch.setattr(reward_models, "_values", values)
     trainer = make(TOKEN_WISE, token_wise=True)
     trainer.compute_loss(trainer.model, JudgementCollator(PAD)(TOKEN_WISE)).backward()
     gradient = seen[0].grad

@@ -85,7 +85,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> tuple[Align, Compare]:
 def listed(*overrides: str, config_dir: Path | None = None) -> list[tuple[str, list[str]]]:
     """Return name and overrides of each job of a sweep, unchecked: checking takes a tenth of a second a job."""
     sweep = sweeps.resolve(list(overrides), Catalog("align", config_dir))
-    return [(job_name(job, grid, sweep.named), job) for grid in sweep.grids for job in sweeps._split(grid)]
+    return [(job_name(job, grid, sweep.named), job) for grid in sweep.grids for job in sweeps.split(grid)]
 
 
 def names(overrides: list[str], config_dir: Path | None = None) -> list[str]:

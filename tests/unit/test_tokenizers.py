@@ -185,3 +185,11 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert has_tokenizer(tmp_path)
     with pytest.raises(RunError, match="^no tokenizer could be opened in"):
         load_tokenizer(tmp_path)
+
+
+def test_code_that_a_tokenizer_brings_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+    WORDS.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "brandnew"}))
+    edited(tmp_path, tokenizer_class="BrandNewTokenizer", auto_map={"AutoTokenizer": ["x.T", None]})
+    with pytest.raises(RunError, match="^no tokenizer could be opened in .* it brings Python code of its own"):
+        load_tokenizer(tmp_path)

@@ -100,6 +100,17 @@ def test_a_plain_prompt_comes_back_from_its_ids(tokenizers: dict[str, Any], name
     assert prompt_text(tokenizer, ids_of(tokenizer, prompt), dialogues=False) == prompt
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_other_tokenizer_reads_the_same_text_from_the_ids(tokenizers: dict[str, Any], name: str) -> None:
+    written, answers = tokenizers[name], ["It is  four.\n\n日本", "</s> or <|eot_id|>?", "    code\n\tx", ""]
+    for other, reader in tokenizers.items():
+        for prompt in (DIALOGUE, "SUBREDDIT: r/x\nPOST: </s> it.\nTL;DR:"):
+            text = prompt_text(written, ids_of(written, prompt), dialogues=prompt == DIALOGUE)
+            assert ids_of(reader, text) == ids_of(reader, prompt), other
+        texts = [response_text(written, ids) for ids in response_ids(written, answers)]
+        assert response_ids(reader, texts) == response_ids(reader, answers), other
+
+
 def test_tokenizers_are_the_same_if_all_that_writes_turns_is(tokenizers: dict[str, Any]) -> None:
     qwen = tokenizers["qwen2.5"]
     assert same_turns(qwen, qwen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf_cli.trainers.online import OnlineTrainer, online_trainer
 from rlhf_cli.trainers.parts import OnlineParts
 
 
+@cache
 def engine(name: str, **changes: Any) -> schema.GenerationConfig:
     """Return the shipped settings of generation=NAME, some of them changed."""
     cfg = load("align", [f"generation={name}", *(f"generation.{key}={value}" for key, value in changes.items())])
