@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export WANDB_MODE := offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser-test conformance benchmark models-test streaming reward-models estimators studies lint clean
+.PHONY: help setup demo test browser-test conformance benchmark models-test streaming real-shape reward-models estimators studies lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ models-test: setup ## Train every model family end to end as a miniature: full, 
 
 streaming: setup ## Measure loading and streaming of up to 200,000 rows
 	$(BIN)/python benchmarks/streaming.py
+
+real-shape: setup ## Train a model of opt-125m's shape on the CPU, memory beside the estimate: DATA=FILE of dialogues
+	$(BIN)/python benchmarks/real_shape.py --data $(DATA)
 
 reward-models: setup ## Measure PCRM, length calibration and WARM, three worlds each (long)
 	$(BIN)/python benchmarks/reward_models.py pcrm

@@ -91,7 +91,6 @@ def plan(command: str, overrides: list[str], config_dir: Path | None) -> Sweep:
         ConfigError: the sweep, or a job of it, is not valid.
     """
     sweep = _resolved(command, overrides, config_dir)
-    sweeps.check_launcher(sweep)
     if sweep.sweeper is None:
         first = sweeps.jobs(command, sweep, config_dir)[0]
         launch.refuse_in_sweep(compose.load(command, first, config_dir))
@@ -114,6 +113,7 @@ def expand(command: str, overrides: list[str], config_dir: Path | None) -> list[
 def _resolved(command: str, overrides: list[str], config_dir: Path | None) -> Sweep:
     sweep = sweeps.resolve(overrides, Catalog(command, config_dir))
     objective.check(sweep)
+    sweeps.check_launcher(sweep)
     if sweep.sweeper is not None:
         sweeps.check_sweeper(command, sweep, config_dir)
     return sweep

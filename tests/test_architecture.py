@@ -44,7 +44,7 @@ SIDEWAYS = {
     ("metrics", "algos"),
 }
 # Modules found by name at run time: a command's stage, an algorithm's schema and record.
-BY_NAME = {("jobs", "stages"), ("launch", "rank_job"), ("config", "algos"), ("config", "rewards")}
+BY_NAME = {("jobs", "stages"), ("launch", "rank_job"), ("launch", "cli"), ("config", "algos"), ("config", "rewards")}
 
 PURE = {"algos", "rewards", "metrics"}
 PURE_LIBRARIES = {"torch", "numpy", "scipy"}

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_cli.config.inputs import ChoiceColumns, ChoicesConfig
 from rlhf_cli.config.launching import check_launch
 from rlhf_cli.config.schema import (
+    CorrectedGeneration,
     CosinePrior,
     DatasetConfig,
     GenerationConfig,
@@ -149,10 +150,10 @@ def _check_generation(generation: GenerationConfig, dataset: DatasetConfig, peft
             "Only our own sampler restricts itself to the valid answers",
             "Use generation=default",
         )
-    if getattr(generation, "correction_cap", None) is not None and generation.top_p < 1:
+    cap = generation.correction_cap if isinstance(generation, CorrectedGeneration) else None
+    if cap is not None and generation.top_p < 1:
         raise ConfigError(
-            f"generation.correction_cap={generation.correction_cap} does not go with "
-            f"generation.top_p={generation.top_p}",
+            f"generation.correction_cap={cap} does not go with generation.top_p={generation.top_p}",
             "The engine's log-probs are then those within the nucleus, and training's those of the whole policy",
             "Use generation.top_p=1, or generation.correction_cap=null",
         )

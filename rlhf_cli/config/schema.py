@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from rlhf_cli.config.generation import CorrectedGeneration as CorrectedGeneration
 from rlhf_cli.config.generation import GenerationConfig as GenerationConfig
 from rlhf_cli.config.generation import VllmGeneration as VllmGeneration
 from rlhf_cli.config.inputs import DatasetConfig as DatasetConfig

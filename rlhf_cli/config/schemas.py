@@ -137,7 +137,8 @@ def generation_schema(block: dict[str, Any]) -> type[GenerationConfig]:
     lacking = {field.name for field in fields(schema)} - block.keys()
     if lacking and schema is not GenerationConfig:
         raise ConfigError(
-            f"generation.engine={engine} has keys that generation={block.get('name')} lacks: {', '.join(sorted(lacking))}",
+            f"generation.engine={engine} has keys that generation={block.get('name')} lacks: "
+            + ", ".join(sorted(lacking)),
             todo=f"Choose it as a whole: generation={engine}",
         )
     return schema

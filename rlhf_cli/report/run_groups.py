@@ -17,6 +17,7 @@ ORDER = (REFERENCE, "kl_ppo", "pm", "dpm", "dpo", "rpo", "bt")
 # So are the judges: what a policy is judged by makes a set (run_sets.py), and no other policy.
 IGNORED = {"seed", "run_dir", "store_dir", "device", "tracker", "policy", "stage", "reward_model", "reference", "judge"}
 IGNORED_LEAVES = {"log_every_steps", "save_every_steps", "eval_every_steps"}
+IGNORED_LEAVES |= {"engine", "mode", "server_url", "gpu_memory_utilization", "tensor_parallel"}  # generation.name tells
 # The part of a config that makes the reference policy and the target it is measured against.
 REFERENCE_KEYS = ("model.", "dataset.", "reward.", "generation.", "trainer.sft.", "trainer.rm.")
 # Only `rlhf evaluate` has these; a run without them was measured as if they had these values.

@@ -114,7 +114,6 @@ def training_arguments(
         "gradient_checkpointing_kwargs": CHECKPOINTING if computing.gradient_checkpointing else None,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,  # every trained weight is used in every forward
-        "ddp_broadcast_buffers": False,  # none changes
         "dataloader_pin_memory": computing.device != "cpu",
         "report_to": [],
         "disable_tqdm": True,

@@ -1,4 +1,4 @@
-"""What samples the rollouts of an on-policy run: our lean sampler, transformers' `generate` or continuous batching, vLLM.
+"""What samples the rollouts of an on-policy run: our sampler, transformers' `generate` or continuous batching, vLLM.
 
 All draw at one temperature and top_p and stop at the same tokens. The last two compute with numbers of their own, and
 say how probable each token was to them: training weighs what they drew by the ratio (docs/generation.md).

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from small_jobs import files, job, read_json, refused, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from typer.testing import Result
 
-from rlhf_cli import hub
 from rlhf_cli.data.encode import encode_prompt, encode_response
 from rlhf_cli.models.adapters import is_adapter
 from rlhf_cli.models.policy import load_policy
@@ -265,56 +263,3 @@ def test_an_adapter_without_its_base_is_refused(rlhf: Rlhf, made: dict[str, Path
     settings = tmp_path / "run/model/adapter_config.json"
     settings.write_text(json.dumps({**read_json(settings), "base_model_name_or_path": str(tmp_path / "gone")}))
     assert "needs its base" in refused(rlhf("export", "run", "out"))
-
-
-# -- pushing -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def uploads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stand in for the Hub: what was made and uploaded there."""
-    import huggingface_hub
-
-    seen: list[dict[str, Any]] = []
-
-    class Api:
-        def create_repo(self, repo_id: str, **how: Any) -> Any:
-            seen.append({"made": repo_id, **how})
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, **how: Any) -> None:
-            seen.append({**how, "files": files(Path(how["folder_path"]))})
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
-    monkeypatch.setattr(hub, "reachable", lambda: True)
-    return seen
-
-
-def test_pushing_uploads_the_folder(
-    rlhf: Rlhf, made: dict[str, Path], tmp_path: Path, uploads: list[dict[str, Any]]
-) -> None:
-    out = exported(rlhf, made["sft"], tmp_path / "out", "--push", "me/mine", "--private")
-    assert uploads[0] == {"made": "me/mine", "private": True, "exist_ok": True}
-    assert uploads[1]["repo_id"] == "me/mine"
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= uploads[1]["files"]
-    assert 'from_pretrained("me/mine")' in (out / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_failed_push_leaves_the_folder(
-    rlhf: Rlhf, made: dict[str, Path], tmp_path: Path, uploads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-
-    def forbidden(*_: Any, **__: Any) -> Any:
-        raise PermissionError("403 Forbidden: no write access\nmore lines")
-
-    push = ["export", str(made["sft"]), "out", "--push", "me/mine"]
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", forbidden)
-    assert "--push me/mine failed: 403 Forbidden: no write access. the export stays in out" in refused(rlhf(*push))
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    assert "nobody is logged in" in refused(rlhf(*push))
-    monkeypatch.setattr(hub, "reachable", lambda: False)
-    assert "the Hub is out of reach" in refused(rlhf(*push))
-    assert (tmp_path / "out/README.md").is_file()
-    assert uploads == []

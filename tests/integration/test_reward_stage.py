@@ -211,16 +211,15 @@ def test_training_reads_the_tokens_that_alignment_scores(
     assert not any(ids[:-1] in scored for ids in chosen)
 
 
-@torch.no_grad()
 def test_both_paths_give_the_same_scores(judged: Judged, store: Path) -> None:
     run_dir = judged("bt")
     folder, tokenizer = run_dir / "model", tokens_of(run_dir)
     data = Judgements(load("train-rm", [*SMALL, *SURVEY, f"store_dir='{store}'"]), run_dir)
-    rows, pairs = data.training_rows(bt.LOSS, run_dir)[:16], data.data.reward_pairs[:16]
+    rows, pairs = list(data.training_rows(bt.LOSS, run_dir))[:16], data.data.reward_pairs[:16]
     fields = JudgementCollator(tokenizer.pad_token_id)(rows)
     batch = TokenBatch(**{key: value for key, value in fields.items() if key not in {"counts", *COLUMNS}})
     model = load_reward_model(folder).eval()
-    trained = last_values(token_values(model, batch), batch)
+    trained = last_values(token_values(model, batch), batch).detach()
 
     texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     prompts = [encode_prompt(tokenizer, prompt) for prompt, _ in texts]

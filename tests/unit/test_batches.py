@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_cli.models import batches
-from rlhf_cli.models.batches import by_length, free_memory, in_batches, rows_that_fit
+from rlhf_cli.models.batches import by_length, free_memory, in_batches, rows_that_fit, total_memory
 
 GIB = 2**30
 
@@ -46,15 +46,23 @@ def test_rows_that_fit_is_a_power_of_two_in_range(width: int, vocab_size: int, f
     assert rows == 1 or rows * width * vocab_size * 16 * 4 <= free
 
 
-def test_free_memory_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return /proc/meminfo of a machine with 700 of 900 MB free; nothing bounds this process."""
     told = tmp_path / "meminfo"
-    told.write_text("MemTotal: 900 kB\nMemFree: 100 kB\nMemAvailable:     700 kB\n", encoding="utf-8")
+    told.write_text("MemTotal: 900000 kB\nMemFree: 100 kB\nMemAvailable:     700000 kB\n", encoding="utf-8")
     monkeypatch.setattr(batches, "MEMORY_FILE", told)
-    assert free_memory("cpu") == 700 * 1024
-    told.write_text("MemTotal: 900 kB\n", encoding="utf-8")  # an old kernel
+    monkeypatch.setattr(batches, "CGROUP_FILE", tmp_path / "cgroup")
+    monkeypatch.setattr(batches, "CGROUP_ROOT", tmp_path / "groups")
+    return told
+
+
+def test_memory_of_the_cpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (free_memory("cpu"), total_memory("cpu")) == (700_000 * 1024, 900_000 * 1024)
+    machine.write_text("MemTotal: 900 kB\n", encoding="utf-8")  # an old kernel
     monkeypatch.setattr(batches.os, "sysconf", {"SC_AVPHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert free_memory("cpu") == 3 * 4096
-    told.unlink()
+    machine.unlink()
 
     def unknown(name: str) -> int:
         raise ValueError("unrecognized configuration name")
@@ -63,11 +71,55 @@ def test_free_memory_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert free_memory("cpu") == 2 * GIB
 
 
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n", encoding="utf-8")
+
+
+V1_LIMIT, V1_USE = "memory__limit_in_bytes", "memory__usage_in_bytes"
+
+
+def test_a_containers_limit_bounds_free_memory(machine: Path, tmp_path: Path) -> None:
+    root = tmp_path / "groups"
+    (tmp_path / "cgroup").write_text("0::/\n", encoding="utf-8")  # a container sees its own group as the root
+    stat = "anon 5\ninactive_file 30000000\nactive_file 1"
+    group(root, memory__max=500_000_000, memory__current=200_000_000, memory__stat=stat)
+    assert free_memory("cpu") == 500_000_000 - (200_000_000 - 30_000_000)  # its page cache can be given back
+    assert total_memory("cpu") == 500_000_000
+    group(root, memory__max="max")
+    assert (free_memory("cpu"), total_memory("cpu")) == (700_000 * 1024, 900_000 * 1024)
+    group(root, memory__max=100, memory__current=200, memory__stat="")
+    assert free_memory("cpu") == 0
+
+
+def test_the_groups_above_bound_it_too(machine: Path, tmp_path: Path) -> None:
+    root = tmp_path / "groups"
+    (tmp_path / "cgroup").write_text("0::/jobs.slice/job.scope\n", encoding="utf-8")
+    group(root / "jobs.slice" / "job.scope", memory__max="max", memory__current=10)
+    group(root / "jobs.slice", memory__max=90_000_000, memory__current=40_000_000)
+    assert (free_memory("cpu"), total_memory("cpu")) == (50_000_000, 90_000_000)
+    (tmp_path / "cgroup").write_text("0::/docker/0123\n", encoding="utf-8")  # a path of the host, not there inside
+    group(root, memory__max=60_000_000, memory__current=0)
+    assert free_memory("cpu") == 60_000_000
+
+
+def test_limits_of_version_1(machine: Path, tmp_path: Path) -> None:
+    root = tmp_path / "groups" / "memory"
+    lines = "9:name=systemd:/x\n5:cpu,cpuacct:/docker/01\n4:memory:/docker/01\n"
+    (tmp_path / "cgroup").write_text(lines, encoding="utf-8")
+    stat = "inactive_file 1\ntotal_inactive_file 20000000"
+    group(root / "docker" / "01", **{V1_LIMIT: 300_000_000, V1_USE: 120_000_000}, memory__stat=stat)
+    group(root, **{V1_LIMIT: 2**63 - 4096, V1_USE: 999_000_000})  # no limit
+    assert (free_memory("cpu"), total_memory("cpu")) == (200_000_000, 300_000_000)
+
+
 def test_free_memory_of_a_gpu_counts_what_pytorch_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"mem_get_info": (100, 900), "memory_reserved": 70, "memory_allocated": 50}.items():
         monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
     assert free_memory("cuda") == 120
     assert free_memory("cuda:1") == 120
+    assert total_memory("cuda") == 900
 
 
 def test_results_come_in_the_order_of_the_indices() -> None:

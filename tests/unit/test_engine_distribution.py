@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from rlhf_cli.run import seed_everything
 
 WORLD = ["dataset.questions=2", "dataset.demonstrations=2000"]
 SMALL = ["model.hidden_size=32", "model.ffn_size=64", "model.layers=1", "model.vocab_size=400", "tracker=none"]
-SMALL += ["trainer.sft.batch_size=16", "trainer.sft.max_steps=80", "device=cpu"]
+SMALL += ["trainer.sft.batch_size=16", "trainer.sft.max_steps=100", "device=cpu"]
 ELSE = (-1,)  # what is no valid answer
-UPDATES = 10  # that the samples are spread over
+UPDATES = 4  # that the samples are spread over
 
 
 class Survey:
@@ -38,6 +39,7 @@ class Survey:
             {tuple(encode_response(self.tokenizer, answer)) for answer in question.answers} for question in questions
         ]
 
+    @cache  # noqa: B019 - one survey a session
     def counts(self, name: str, samples: int, *, seed: int = 0, **changes: Any) -> Counter[tuple[int, ...]]:
         """Return how often each valid answer to each wording was sampled, and anything else."""
         trainer = engine_trainer(
@@ -70,15 +72,15 @@ def survey(tmp_path_factory: pytest.TempPathFactory) -> Survey:
 def holds(survey: Survey, name: str, samples: int) -> None:
     lean, other = survey.counts("default", samples), survey.counts(name, samples, seed=1)
     answers = sum(count for key, count in lean.items() if key[1:] != ELSE)
-    assert answers > samples / 3, "the policy has learnt to answer"
+    assert answers > samples / 4, "the policy has learnt to answer"
     assert len([key for key, count in lean.items() if count >= 10]) > 10
     assert p_value(lean, other) > 0.001
-    assert p_value(lean, survey.counts("default", samples, temperature=0.9)) < 1e-6, "a test that can tell"
+    assert p_value(lean, survey.counts("default", samples, temperature=0.7)) < 1e-6, "a test that can tell"
 
 
 @pytest.mark.parametrize("name", ["continuous", "generate"])
 def test_engines_sample_one_distribution(name: str, survey: Survey) -> None:
-    holds(survey, name, 4_000)
+    holds(survey, name, 2_000)
 
 
 @pytest.mark.slow

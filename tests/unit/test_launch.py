@@ -157,7 +157,7 @@ def settle(
 
 
 def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
-    settle(tmp_path, {0: LOST, 1: USER}, {0: (1, 0), 1: (2, 0)}, r"^no data\.$")
+    settle(tmp_path, {0: LOST, 1: USER}, {0: (1, 0), 1: (2, 0)}, r"^no data\.\nrun folder: runs/a$")
 
 
 def test_a_bug_is_told_before_a_connection_that_it_cut(tmp_path: Path) -> None:

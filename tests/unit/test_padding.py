@@ -55,7 +55,14 @@ def test_rewards_do_not_depend_on_padding(folder: Path) -> None:
 
 def test_cold_samples_of_a_padded_batch_are_the_likeliest_tokens_of_each_prompt_alone(folder: Path) -> None:
     policy = freeze(load_policy(folder))
-    cold: dict[str, Any] = {"streams": [0, 1, 2, 3], "max_new_tokens": 12, "temperature": 1e-4, "top_p": 1.0, "eos_ids": [2], "pad_id": 0}
+    cold: dict[str, Any] = {
+        "streams": [0, 1, 2, 3],
+        "max_new_tokens": 12,
+        "temperature": 1e-4,
+        "top_p": 1.0,
+        "eos_ids": [2],
+        "pad_id": 0,
+    }
     sampled = sample(policy, [*PROMPTS, [40] * 32], **cold)[:3]
     assert len({tuple(ids) for ids in sampled}) == 3
     for prompt, ids in zip(PROMPTS, sampled, strict=True):

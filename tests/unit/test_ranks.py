@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf_cli import ranks
+from rlhf_cli.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,73 @@ def test_asking_for_the_rank_imports_no_torch() -> None:
     code = "import sys; from rlhf_cli import ranks; ranks.broadcast(ranks.rank()); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# -- the strategy in force --------------------------------------------------------------------------------------------
+
+
+class Accelerator:
+    """What accelerate reports of a strategy."""
+
+    def __init__(self, kind: str, processes: int = 2, **plugins: object) -> None:
+        self.distributed_type, self.num_processes, self.device = f"DistributedType.{kind}", processes, "cuda:0"
+        self.state = SimpleNamespace(**plugins)
+
+
+FSDP2 = {"fsdp_plugin": SimpleNamespace(fsdp_version=2)}
+ZERO3 = {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that makes this process a rank of two with a strategy."""
+
+    def ask(strategy: str) -> None:
+        values = {ranks.LAUNCHED: "1", "RANK": "0", "WORLD_SIZE": "2", ranks.STRATEGY: strategy}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accelerator"),
+    [
+        ("ddp", Accelerator("MULTI_CPU")),
+        ("ddp", Accelerator("MULTI_GPU", fsdp_plugin=None)),
+        ("fsdp2", Accelerator("FSDP", **FSDP2)),
+        ("zero3", Accelerator("DEEPSPEED", **ZERO3)),
+    ],
+)
+def test_the_strategy_asked_for_passes(asked: Callable[[str], None], strategy: str, accelerator: Accelerator) -> None:
+    asked(strategy)
+    ranks.check_strategy(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accelerator", "found"),
+    [
+        ("fsdp2", Accelerator("MULTI_CPU"), "ddp"),  # what accelerate does on CPUs
+        ("fsdp2", Accelerator("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp1"),
+        ("zero2", Accelerator("DEEPSPEED", **ZERO3), "zero3"),
+        ("ddp", Accelerator("FSDP", **FSDP2), "fsdp2"),
+        ("ddp", Accelerator("NO"), "none"),
+    ],
+)
+def test_another_strategy_stops(
+    asked: Callable[[str], None], strategy: str, accelerator: Accelerator, found: str
+) -> None:
+    asked(strategy)
+    with pytest.raises(RunError, match=f"launch.strategy={strategy} is not in force, {found} is"):
+        ranks.check_strategy(accelerator)
+
+
+def test_processes_that_accelerate_does_not_see_stop(asked: Callable[[str], None]) -> None:
+    asked("ddp")
+    with pytest.raises(RunError, match="2 processes were launched and accelerate sees 1"):
+        ranks.check_strategy(Accelerator("MULTI_CPU", processes=1))
+
+
+def test_one_process_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ranks.LAUNCHED, raising=False)
+    ranks.check_strategy(Accelerator("NO", processes=1))

@@ -1,0 +1,247 @@
+"""What a GPU really does in preference matching: speed, arithmetic and memory of each phase, for every engine.
+
+    python benchmarks/gpu.py                       # OPT-1.3B with random weights, 256 + 256 tokens, bfloat16
+    python benchmarks/gpu.py --model FOLDER        # a model of your own, in Hugging Face layout
+    python benchmarks/gpu.py --dry-run             # a small OPT on the CPU: that the script works, not how fast a GPU is
+
+Conditional PM with PPO and a critic, as `rlhf align experiment=pm_opt-1.3b_hh`, on made-up dialogues that fill their
+limits. Each row is a process of its own (benchmarks/gpu_job.py). Writes benchmarks/results/gpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gpu_arithmetic import GENERATE, LOGPS, PHASES, SCORE, UPDATE, Body, Limits, Update, flops, tokens, traffic
+from gpu_page import page
+from real_shape import build, filled, steps
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "gpu.md"
+# facebook/opt-1.3b, config.json
+OPT_1_3B = {"vocab_size": 50272, "hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192}
+OPT_1_3B |= {"num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048}
+SMALL = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "ffn_dim": 1024}
+SMALL |= {"num_attention_heads": 8, "max_position_embeddings": 256, "word_embed_proj_dim": 256}
+VARIANTS = {
+    "full": [],
+    "LoRA": ["peft=lora"],
+    "shared base": ["peft=lora", "model.share_base=true"],
+}
+ENGINES = ("default", "generate", "continuous", "vllm")
+# What the estimate calls the phases (models/memory.py); rewards adapt their batches to what is left and have none.
+ESTIMATED = {GENERATE: "generation", LOGPS: "reading", UPDATE: "training"}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Args:
+        model: sizes of an OPT in place of those of opt-125m; or a folder.
+        prompt, response: tokens.
+        rollouts: of an update, as of an optimizer step.
+        micro_batch: sequences per forward pass.
+        updates: measured, beside one that warms up.
+    """
+
+    model: dict[str, int] | Path
+    prompt: int
+    response: int
+    rollouts: int
+    micro_batch: int
+    updates: int
+
+
+REAL = Size(OPT_1_3B, prompt=256, response=256, rollouts=64, micro_batch=8, updates=3)
+DRY = Size(SMALL, prompt=64, response=64, rollouts=16, micro_batch=8, updates=3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one phase of one variant with one engine took, per update.
+
+    Args:
+        phase: of an update.
+        seconds: median over updates.
+        tokens: sampled, read, or learned from.
+        flops: asked for by the model.
+        bytes: moved at least.
+        peak: memory, bytes, beside what there was before the first weights.
+        estimated: the same as `rlhf` prints it; None where it does not.
+    """
+
+    phase: str
+    seconds: float
+    tokens: int
+    flops: float
+    bytes: float
+    peak: float
+    estimated: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant with one engine.
+
+    Args:
+        variant: full | LoRA | shared base.
+        engine: generation=.
+        limits: of the device.
+        dtype: of computation.
+        prompts: of an update.
+        seconds: of a whole update, median.
+        rows: of its phases.
+    """
+
+    variant: str
+    engine: str
+    limits: Limits
+    dtype: str
+    prompts: int
+    seconds: float
+    rows: list[Row]
+
+
+def made_up(count: int, seed: int = 0) -> list[str]:
+    """Return `count` texts of 200 words, as frequent as words are (Zipf's law)."""
+    chance = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(5000)]
+    weights = [1 / place for place in range(1, len(words) + 1)]
+    return [" ".join(chance.choices(words, weights, k=200)) for _ in range(count)]
+
+
+def prepared(size: Size, folder: Path) -> list[str]:
+    """Return the overrides of `rlhf align` that all variants share; model and dialogues are in `folder` then."""
+    words = (size.prompt + 2 * size.response) * 2 * size.rollouts
+    texts = made_up(max(50, words // 100))
+    model = size.model if isinstance(size.model, Path) else build(folder / "model", texts, **size.model)
+    rows = folder / "dialogues.jsonl"
+    filled(rows, texts, model, rows=2 * size.rollouts + 8, prompt=size.prompt, response=size.response)
+    return [
+        "algo=pm", "algo.num_generations=1", "reward=bt", "reward.clip=5.0", "model=opt-1.3b", f"model.path={model}",
+        "dataset=hh_rlhf", f"dataset.path={rows}", f"dataset.max_prompt_tokens={size.prompt}",
+        f"dataset.max_completion_tokens={size.response}", "dataset.eval_prompts=2", "dataset.pool_samples=0",
+        "dataset.sft_fraction=0.05", "dataset.rm_fraction=0.2", "reward.negative_share=0", "model.reward_start=base",
+        *steps(1, 4, 2), "trainer.sft.max_steps=0", f"trainer.online.batch_size={size.rollouts}",
+        f"trainer.online.micro_batch_size={size.micro_batch}", f"store_dir={folder / 'store'}", "tracker=none",
+    ]  # fmt: skip
+
+
+def measured(variant: str, engine: str, overrides: Sequence[str], size: Size, folder: Path) -> Measured | str:
+    """Return what a variant took with an engine, in a process of its own; or why the engine cannot work here."""
+    report = folder / "report.json"
+    asked = [*VARIANTS[variant], f"generation={engine}", *overrides]
+    job = [sys.executable, str(HERE / "gpu_job.py"), str(report), str(size.updates + 1), *asked]
+    if subprocess.run(job, env={"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ}, check=False).returncode:
+        raise SystemExit(f"failed: {' '.join(job)}")
+    return read(variant, engine, json.loads(report.read_text(encoding="utf-8")))
+
+
+def read(variant: str, engine: str, report: dict[str, Any]) -> Measured | str:
+    """Return what a report of gpu_job.py says."""
+    if "refused" in report:
+        return str(report["refused"])
+    device = Limits(**report["device"])
+    updates = report["updates"]
+    work = [arithmetic(report, rows) for rows in report["rows"]]
+    found = []
+    for phase in PHASES:
+        took = [update[phase] for update in updates]
+        found.append(
+            Row(
+                phase,
+                statistics.median(one["seconds"] for one in took),
+                *(int(statistics.mean(one[part][phase] for one in work)) for part in ("tokens", "flops", "bytes")),
+                max(one["peak"] for one in took),
+                _estimated(phase, report),
+            )
+        )
+    whole = statistics.median(sum(part["seconds"] for part in update.values()) for update in updates)
+    prompts = len(report["rows"][0]) // report["samples"]
+    return Measured(variant, engine, device, report["dtype"], prompts, whole, found)
+
+
+def arithmetic(report: dict[str, Any], rows: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
+    """Return tokens, FLOPs and bytes of each phase of an update with these rollouts, (prompt, response) tokens."""
+    from rlhf_cli.models.shapes import Adapters, ModelShape
+
+    policy_shape, reward_shape = (None if content is None else ModelShape(content) for content in report["shapes"])
+    assert policy_shape is not None
+    adapters = report["adapters"] and Adapters(report["adapters"]["rank"], tuple(report["adapters"]["targets"]))
+    policy, values = Body.of(policy_shape, adapters), Body.of(reward_shape or policy_shape, adapters)
+    whole = [(prompt, response) for prompt, response in rows]
+    size = 2 if report["dtype"] == "bfloat16" else 4
+    update = Update(
+        whole, report["micro_batch"], report["epochs"], report["steps"], size, casts=size == 2 and adapters is None
+    )
+    return {
+        "tokens": dict(tokens(update)),
+        "flops": flops(policy, values, update),
+        "bytes": traffic(policy, values, update),
+    }
+
+
+def _estimated(phase: str, report: dict[str, Any]) -> float | None:
+    """Return the estimate of a phase's peak, bytes: what is held throughout and what is at work."""
+    name = ESTIMATED.get(phase)
+    if name is None:
+        return None
+    found = [size for words, size in report["estimated"].items() if words.startswith(name)]
+    later = [size for words, size in report["estimated"].items() if phase == UPDATE and words == "gradients"]
+    return float(report["held"] + max(found + later))
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder in Hugging Face layout, in place of random weights")
+    parser.add_argument("--dry-run", action="store_true", help="a small OPT, on the CPU in float32")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    for field in fields(Size)[1:]:
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=f"default {getattr(REAL, field.name)}")
+    asked = parser.parse_args()
+    chosen = DRY if asked.dry_run else REAL
+    given = {field.name: getattr(asked, field.name) or getattr(chosen, field.name) for field in fields(Size)}
+    size = Size(**given)
+    device = ["device=cpu", "model.dtype=float32"] if asked.dry_run else ["device=cuda", "model.dtype=bfloat16"]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = run(size, Path(scratch), asked.variants, asked.engines, device)
+    text = page(found, size, dry=asked.dry_run)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def run(
+    size: Size, folder: Path, variants: Sequence[str], engines: Sequence[str], more: Sequence[str]
+) -> list[Measured | tuple[str, str]]:
+    """Return what each variant took with each engine; where an engine cannot work, its name and the reason once."""
+    overrides = [*prepared(size, folder), *more]
+    found: list[Measured | tuple[str, str]] = []
+    for engine in engines:
+        for variant in variants:
+            one = measured(variant, engine, overrides, size, folder)
+            if isinstance(one, str):
+                found.append((engine, one))
+                break
+            print(f"{variant}, generation={engine}: {one.prompts / one.seconds:.2f} prompts/s", flush=True)
+            found.append(one)
+    return found
+
+
+if __name__ == "__main__":
+    main()
