@@ -18,14 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gpu_arithmetic import GENERATE, LOGPS, PHASES, SCORE, UPDATE, Body, Limits, Update, flops, tokens, traffic
 from gpu_page import page
-from real_shape import build, filled, steps
+from real_shape import build, steps
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "gpu.md"
@@ -34,6 +34,7 @@ OPT_1_3B = {"vocab_size": 50272, "hidden_size": 2048, "num_hidden_layers": 24, "
 OPT_1_3B |= {"num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048}
 SMALL = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "ffn_dim": 1024}
 SMALL |= {"num_attention_heads": 8, "max_position_embeddings": 256, "word_embed_proj_dim": 256}
+ASKED, ANSWERED = "\n\nHuman:", "\n\nAssistant:"  # of HH-RLHF
 VARIANTS = {
     "full": [],
     "LoRA": ["peft=lora"],
@@ -114,28 +115,48 @@ class Measured:
     rows: list[Row]
 
 
-def made_up(count: int, seed: int = 0) -> list[str]:
-    """Return `count` texts of 200 words, as frequent as words are (Zipf's law)."""
+def made_up(count: int, seed: int = 0) -> Iterator[str]:
+    """Return `count` words, as frequent as words are (Zipf's law)."""
     chance = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(5000)]
-    weights = [1 / place for place in range(1, len(words) + 1)]
-    return [" ".join(chance.choices(words, weights, k=200)) for _ in range(count)]
+    return iter(chance.choices(words, [1 / place for place in range(1, len(words) + 1)], k=count))
+
+
+def write_dialogues(file: Path, model: Path, words: Iterator[str], *, rows: int, size: Size) -> None:
+    """Write preference rows in HH-RLHF form that fill their limits in the tokens of `model`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def longest(before: str, after: str, limit: int) -> str:
+        inner = ""
+        while True:
+            more = f"{inner} {next(words)}"
+            if len(tokenizer(f"{before}{more}{after}").input_ids) > limit:
+                return f"{before}{inner}{after}"
+            inner = more
+
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(rows):
+            asked = longest(ASKED, ANSWERED, size.prompt)
+            chosen, rejected = (asked + longest("", "", size.response - 1) for _ in range(2))  # and end-of-sequence
+            lines.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
 
 
 def prepared(size: Size, folder: Path) -> list[str]:
     """Return the overrides of `rlhf align` that all variants share; model and dialogues are in `folder` then."""
-    words = (size.prompt + 2 * size.response) * 2 * size.rollouts
-    texts = made_up(max(50, words // 100))
-    model = size.model if isinstance(size.model, Path) else build(folder / "model", texts, **size.model)
-    rows = folder / "dialogues.jsonl"
-    filled(rows, texts, model, rows=2 * size.rollouts + 8, prompt=size.prompt, response=size.response)
+    seen = (f"{ASKED} {' '.join(words)}{ANSWERED} {' '.join(words)}" for words in zip(*[made_up(20_000)] * 50, strict=False))
+    model = size.model if isinstance(size.model, Path) else build(folder / "model", list(seen), **size.model)
+    rows, count = folder / "dialogues.jsonl", 2 * size.rollouts + 8
+    words = made_up(count * (size.prompt + 2 * size.response), seed=1)  # a word is a token or more
+    write_dialogues(rows, model, words, rows=count, size=size)
     return [
         "algo=pm", "algo.num_generations=1", "reward=bt", "reward.clip=5.0", "model=opt-1.3b", f"model.path={model}",
         "dataset=hh_rlhf", f"dataset.path={rows}", f"dataset.max_prompt_tokens={size.prompt}",
         f"dataset.max_completion_tokens={size.response}", "dataset.eval_prompts=2", "dataset.pool_samples=0",
         "dataset.sft_fraction=0.05", "dataset.rm_fraction=0.2", "reward.negative_share=0", "model.reward_start=base",
-        *steps(1, 4, 2), "trainer.sft.max_steps=0", f"trainer.online.batch_size={size.rollouts}",
+        *steps(1, 2, 2), "trainer.sft.max_steps=0", f"trainer.online.batch_size={size.rollouts}",
         f"trainer.online.micro_batch_size={size.micro_batch}", f"store_dir={folder / 'store'}", "tracker=none",
     ]  # fmt: skip
 

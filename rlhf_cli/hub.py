@@ -22,8 +22,9 @@ TOO_MANY, SERVER_ERROR, REFUSED = 429, 500, (401, 403)  # HTTP status
 # Weights of other frameworks, the same weights again, and what training left.
 OTHER_FILES = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", "*.mlmodel", "*.pth", "*.pt", "onnx/*"]
 OTHER_FILES += ["openvino/*", "coreml/*", "original/*", "consolidated*", "checkpoint-*", "runs/*", "training_args.bin"]
-# Where transformers looks for weights, in its order.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Where transformers and peft look for weights, in their order.
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+WEIGHTS += ["adapter_model.safetensors", "adapter_model.bin"]
 # A file that each repository has: asking for it shows whether the Hub answers for this one.
 ANY_FILE = {"model": "config.json", "dataset": ".gitattributes"}
 SILENT: list[str] = []  # why the Hub did not answer; then this process works from its cache
@@ -232,7 +233,8 @@ def _explained(key: str, given: str, kind: str, revision: str | None, error: Exc
         what = f"{key}={given}: the Hub refuses access (HTTP status {status})"
         return RunError(what, "your login may have expired, or not cover it", f"{login}, or {folder}")
     if isinstance(cause, errors.RemoteEntryNotFoundError):
-        return RunError(f"{key}={given} is no {kind} that can be opened", _line(cause), folder)
+        why = f"it has no {ANY_FILE[kind]}" if kind == "model" else _line(cause)
+        return RunError(f"{key}={given} is no {kind} that can be opened", why, f"name another, or {folder}")
     if isinstance(cause, errors.LocalEntryNotFoundError):
         return _not_cached(key, given, kind, revision, error)
     if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in (error, error.__cause__, error.__context__)):

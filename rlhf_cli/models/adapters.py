@@ -154,11 +154,13 @@ def write_model(model: Any, folder: Path, held: dict[str, Any] | None = None) ->
         folder: where to.
         held: its weights, where the model itself holds only a part of them.
     """
-    if not isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), selected_adapters=[OWN], save_embedding_layers=False, state_dict=held)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
         model.save_pretrained(folder, state_dict=held)
-        return
-    model.save_pretrained(str(folder), selected_adapters=[OWN], save_embedding_layers=False, state_dict=held)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    for weights in folder.glob("*.safetensors"):  # written for the user alone; a store may be shared
+        weights.chmod(folder.stat().st_mode & 0o666)
 
 
 def merged(model: PeftModel) -> Any:

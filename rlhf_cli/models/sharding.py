@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -27,16 +28,18 @@ def shard(model: Any) -> Any:
     Args:
         model: a transformers model on this rank's device, the same on every rank, or a module around one.
     """
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world(),))
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}  # the outermost too, which holds the embedding
     inner = next((part for part in model.modules() if getattr(part, "_no_split_modules", None)), model)
     names = set(getattr(inner, "_no_split_modules", None) or [])
     for part in model.modules():
         if type(part).__name__ in names:
-            fully_shard(part)
+            fully_shard(part, **how)
     if hasattr(model, "score") and hasattr(model, "base_model_prefix"):
-        fully_shard(getattr(model, model.base_model_prefix))
-        fully_shard(model.score)
+        fully_shard(getattr(model, model.base_model_prefix), **how)
+        fully_shard(model.score, **how)
     else:
-        fully_shard(model)
+        fully_shard(model, **how)
     return model
 
 

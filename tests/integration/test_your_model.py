@@ -49,6 +49,8 @@ def test_from_a_local_file_and_a_local_model_to_an_export(rlhf: Callable[..., Re
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "runs/mine/export")
     logits = model(**tokenizer("Which season do you like best?", return_tensors="pt")).logits
     assert logits.isfinite().all()
+    weights, settings = (tmp_path / "runs/mine/model" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == settings.stat().st_mode  # colleagues may read both
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/base/model")
     moved = [not a.equal(b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
     assert all(moved)

@@ -157,13 +157,14 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
             r"the Hub has no such model. check the name; if it is private, log in",
         ),
         (refused(errors.RevisionNotFoundError), r"has no revision v9"),
+        (refused(errors.RemoteEntryNotFoundError), r"is no model that can be opened. it has no config.json"),
         (refused(errors.HfHubHTTPError, 503), r"could not be fetched. 503 Client Error. try again, or set key=FOLDER"),
         (refused(errors.HfHubHTTPError, 403), r"the Hub refuses access \(HTTP status 403\).*log in with"),
         (behind(refused(errors.HfHubHTTPError, 401)), r"the Hub refuses access \(HTTP status 401\).*log in with"),
         (FULL, r"does not fit the disk. make room, or set HF_HOME"),
         (ValueError(), r"could not be fetched. ValueError. try again"),
     ],
-    ids=["gated", "missing", "revision", "down", "forbidden", "behind", "disk", "other"],
+    ids=["gated", "missing", "revision", "file", "down", "forbidden", "behind", "disk", "other"],
 )
 def test_what_keeps_a_model_away_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -262,9 +263,11 @@ def test_a_model_of_which_the_cache_holds_a_part_says_what_is_missing(tmp_path: 
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_dataset_in_the_cache(tmp_path: Path) -> None:
-    snapshot = cached(tmp_path, "datasets", "org--rows")
-    assert local_folder("dataset.path", "org/rows", kind="dataset", allow=["data/*"]) == snapshot
+def test_adapters_and_datasets_in_the_cache(tmp_path: Path) -> None:
+    adapter, rows = cached(tmp_path), cached(tmp_path, "datasets", "org--rows")
+    (adapter / "adapter_model.safetensors").touch()
+    assert local_folder("policy", "org/model") == adapter
+    assert local_folder("dataset.path", "org/rows", kind="dataset", allow=["data/*"]) == rows
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
