@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gpu_arithmetic import GENERATE, LOGPS, PHASES, SCORE, UPDATE, Body, Limits, Update, flops, tokens, traffic
-from gpu_page import page
+from gpu_arithmetic import GENERATE, LOGPS, PHASES, UPDATE, Body, Limits, Update, flops, tokens, traffic
+from gpu_page import Measured, Row, Size, page
 from real_shape import build, steps
 
 HERE = Path(__file__).parent
@@ -32,8 +32,8 @@ RESULT = HERE / "results" / "gpu.md"
 # facebook/opt-1.3b, config.json
 OPT_1_3B = {"vocab_size": 50272, "hidden_size": 2048, "num_hidden_layers": 24, "ffn_dim": 8192}
 OPT_1_3B |= {"num_attention_heads": 32, "max_position_embeddings": 2048, "word_embed_proj_dim": 2048}
-SMALL = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "ffn_dim": 1024}
-SMALL |= {"num_attention_heads": 8, "max_position_embeddings": 256, "word_embed_proj_dim": 256}
+SMALL = {"vocab_size": 8192, "hidden_size": 384, "num_hidden_layers": 6, "ffn_dim": 1536}
+SMALL |= {"num_attention_heads": 8, "max_position_embeddings": 256, "word_embed_proj_dim": 384}
 ASKED, ANSWERED = "\n\nHuman:", "\n\nAssistant:"  # of HH-RLHF
 VARIANTS = {
     "full": [],
@@ -45,74 +45,8 @@ ENGINES = ("default", "generate", "continuous", "vllm")
 ESTIMATED = {GENERATE: "generation", LOGPS: "reading", UPDATE: "training"}
 
 
-@dataclass(frozen=True)
-class Size:
-    """What is measured.
-
-    Args:
-        model: sizes of an OPT in place of those of opt-125m; or a folder.
-        prompt, response: tokens.
-        rollouts: of an update, as of an optimizer step.
-        micro_batch: sequences per forward pass.
-        updates: measured, beside one that warms up.
-    """
-
-    model: dict[str, int] | Path
-    prompt: int
-    response: int
-    rollouts: int
-    micro_batch: int
-    updates: int
-
-
 REAL = Size(OPT_1_3B, prompt=256, response=256, rollouts=64, micro_batch=8, updates=3)
 DRY = Size(SMALL, prompt=64, response=64, rollouts=16, micro_batch=8, updates=3)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one phase of one variant with one engine took, per update.
-
-    Args:
-        phase: of an update.
-        seconds: median over updates.
-        tokens: sampled, read, or learned from.
-        flops: asked for by the model.
-        bytes: moved at least.
-        peak: memory, bytes, beside what there was before the first weights.
-        estimated: the same as `rlhf` prints it; None where it does not.
-    """
-
-    phase: str
-    seconds: float
-    tokens: int
-    flops: float
-    bytes: float
-    peak: float
-    estimated: float | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One variant with one engine.
-
-    Args:
-        variant: full | LoRA | shared base.
-        engine: generation=.
-        limits: of the device.
-        dtype: of computation.
-        prompts: of an update.
-        seconds: of a whole update, median.
-        rows: of its phases.
-    """
-
-    variant: str
-    engine: str
-    limits: Limits
-    dtype: str
-    prompts: int
-    seconds: float
-    rows: list[Row]
 
 
 def made_up(count: int, seed: int = 0) -> Iterator[str]:
@@ -146,7 +80,9 @@ def write_dialogues(file: Path, model: Path, words: Iterator[str], *, rows: int,
 
 def prepared(size: Size, folder: Path) -> list[str]:
     """Return the overrides of `rlhf align` that all variants share; model and dialogues are in `folder` then."""
-    seen = (f"{ASKED} {' '.join(words)}{ANSWERED} {' '.join(words)}" for words in zip(*[made_up(20_000)] * 50, strict=False))
+    seen = (
+        f"{ASKED} {' '.join(words)}{ANSWERED} {' '.join(words)}" for words in zip(*[made_up(20_000)] * 50, strict=False)
+    )
     model = size.model if isinstance(size.model, Path) else build(folder / "model", list(seen), **size.model)
     rows, count = folder / "dialogues.jsonl", 2 * size.rollouts + 8
     words = made_up(count * (size.prompt + 2 * size.response), seed=1)  # a word is a token or more
@@ -155,7 +91,7 @@ def prepared(size: Size, folder: Path) -> list[str]:
         "algo=pm", "algo.num_generations=1", "reward=bt", "reward.clip=5.0", "model=opt-1.3b", f"model.path={model}",
         "dataset=hh_rlhf", f"dataset.path={rows}", f"dataset.max_prompt_tokens={size.prompt}",
         f"dataset.max_completion_tokens={size.response}", "dataset.eval_prompts=2", "dataset.pool_samples=0",
-        "dataset.sft_fraction=0.05", "dataset.rm_fraction=0.2", "reward.negative_share=0", "model.reward_start=base",
+        "dataset.sft_fraction=0.05", "dataset.rm_fraction=0.2", "reward.negative_share=0",
         *steps(1, 2, 2), "trainer.sft.max_steps=0", f"trainer.online.batch_size={size.rollouts}",
         f"trainer.online.micro_batch_size={size.micro_batch}", f"store_dir={folder / 'store'}", "tracker=none",
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from gpu_arithmetic import GENERATE, LOGPS, REST, SCORE, UPDATE, limits, synchronise
 from resident import RESET_PEAK, resident
+from transformers import PrinterCallback
 
 PLACES = {"_generate_single_turn": GENERATE, "_calculate_rewards": SCORE, "_read": LOGPS, "training_step": UPDATE}
 
@@ -154,6 +155,7 @@ def measure(updates: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     work = prepare(cfg, found_roles, training=True)
     trainer = align._trainer(work, work.models.policy, folder)
     trainer.args.save_strategy, trainer.args.logging_strategy = "no", "no"
+    trainer.remove_callback(PrinterCallback)
     phases.watch(trainer)
     trainer.train()
     name = torch.cuda.get_device_name() if how.device == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf_cli import ranks
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import plain
 from rlhf_cli.models.batches import rows_that_fit
@@ -18,6 +19,7 @@ from rlhf_cli.models.calibration import CALIBRATION_FILE, LengthCalibration
 from rlhf_cli.models.classifier import load_reward_model
 from rlhf_cli.models.classifier import new_reward_model as new_reward_model
 from rlhf_cli.models.loading import Loading
+from rlhf_cli.models.sharding import is_sharded, shard_if_asked
 from rlhf_cli.models.tokens import TokenBatch, collate
 
 CENTRE_FILE = "reward.json"
@@ -146,7 +148,7 @@ class ModelReward:
     ) -> None:
         from rlhf_cli.models.policy import freeze
 
-        self.model = freeze(load_reward_model(path, device, how) if model is None else model)
+        self.model = shard_if_asked(freeze(load_reward_model(path, device, how))) if model is None else freeze(model)
         self.centre = load_centre(path) if (path / CENTRE_FILE).is_file() else 0.0  # a foreign model: see centred()
         self.positions = getattr(self.model.config, "max_position_embeddings", None)
         self.path, self.pad_id, self.device, self.micro_batch = path, pad_id, device, micro_batch
@@ -174,6 +176,8 @@ class ModelReward:
         self._require_positions(prompts, responses)
         batch = collate(prompts, responses, self.pad_id, self.device)
         size = self.micro_batch or rows_at_once(self.model, batch.input_ids.shape[1])
+        if is_sharded(self.model):  # each forward is that of all ranks, and their sequences differ in length
+            size = min(ranks.gather(size))
         scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(size)])
         rewards = require_finite(scores - self.centre)
         if self.calibration is None:

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.cache import roomy_cache
 from rlhf_cli.models.prefix_tree import PrefixTree
+from rlhf_cli.models.sharding import ends_everywhere, is_sharded
 from rlhf_cli.models.tokens import pad_left
+
+FEW = 0.5  # rows that have ended are dropped once so many are left: less often, and their copies cost little
 
 
 @torch.no_grad()
@@ -47,29 +50,36 @@ def sample(
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in pad_left(prompts, pad_id))
     attention = torch.nn.functional.pad(mask.long(), (0, max_new_tokens), value=1)
+    positions, width = (attention.cumsum(-1) - 1).clamp(min=0), ids.shape[1]
     states = tree.states(ids)[:, -1] if tree is not None else None
-    ends = torch.tensor(list(eos_ids), device=device)
+    ends, rows = torch.tensor(list(eos_ids), device=device), torch.arange(len(ids), device=device)
     luck = uniforms(streams, max_new_tokens).to(device)
-    finished = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    cache, step_ids, width, columns = DynamicCache(config=model.config), ids, ids.shape[1], []
+    drawn = torch.full((len(ids), max_new_tokens), pad_id, device=device)
+    finished, apart = torch.zeros(len(ids), dtype=torch.bool, device=device), is_sharded(model)
+    cache, step_ids = roomy_cache(model.config, width + max_new_tokens), ids
     for step in range(max_new_tokens):
-        seen = attention[:, : width + step]
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
+        seen = width + step
         logits = model(
-            input_ids=step_ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
+            input_ids=step_ids, attention_mask=attention[:, :seen], past_key_values=cache, use_cache=True,
+            position_ids=positions[:, seen - step_ids.shape[1] : seen], logits_to_keep=1,
         ).logits[:, -1].float() / temperature  # fmt: skip
         if tree is not None and states is not None:
             logits = tree.restrict(logits, states)
         tokens = draw(logits, top_p, luck[:, step]).masked_fill(finished, pad_id)
-        columns.append(tokens)
+        drawn[rows, step] = tokens
         finished = finished | torch.isin(tokens, ends)
-        if bool(finished.all()):
+        left = len(rows) - int(finished.sum())
+        if ends_everywhere(left == 0, apart):
             break
         if tree is not None and states is not None:
             states = tree.advance(states, tokens)
+        if 0 < left <= FEW * len(rows):
+            kept = (~finished).nonzero().squeeze(-1)
+            rows, tokens, finished, luck = rows[kept], tokens[kept], finished[kept], luck[kept]
+            attention, positions, states = attention[kept], positions[kept], None if states is None else states[kept]
+            cache.batch_select_indices(kept)
         step_ids = tokens.unsqueeze(-1)
-    return trim(torch.stack(columns, dim=1), eos_ids)
+    return trim(drawn[:, : step + 1], eos_ids)
 
 
 def row_streams(*key: int, rows: Sequence[int]) -> list[int]:
@@ -104,8 +114,8 @@ def draw(logits: Tensor, top_p: float, luck: Tensor) -> Tensor:
     Raises:
         RunError: a probability is not finite.
     """
-    probabilities = logits.softmax(-1)
-    if not bool(probabilities.isfinite().all()):
+    probabilities = logits.softmax(-1)  # one that is not finite makes all of its row so
+    if not bool(probabilities[:, 0].isfinite().all()):
         raise RunError(
             "the policy gives probabilities that are not finite",
             "its training diverged",

@@ -53,6 +53,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
+def ends_everywhere(ended: bool, sharded: bool) -> bool:
+    """Return whether this rank may stop calling a model: of a sharded one, once all ranks have `ended`."""
+    return all(ranks.gather(ended)) if sharded else ended
+
+
 @torch.no_grad()
 def whole_state(model: Any) -> dict[str, Any] | None:
     """Return the whole weights of a sharded model on rank 0's CPU, empty elsewhere; None of one that is not sharded.

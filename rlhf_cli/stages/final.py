@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli import ranks
 from rlhf_cli.config.compose import identity, own_modules
 from rlhf_cli.config.schema import EvaluateConfig, SplitConfig
 from rlhf_cli.data import content
@@ -141,7 +142,7 @@ def _win_rates(work: Workspace, ours: Drawn, theirs: Drawn) -> dict[str, float]:
     if isinstance(cfg, EvaluateConfig) and cfg.judge.name != "none":
         first = range(0, min(len(prompts), cfg.judge.prompts * work.samples), work.samples)
         items = [Comparison(prompts[row], ours.texts[row], theirs.texts[row]) for row in first]
-        found |= Judge(cfg.judge, Path(cfg.store_dir)).win_rate(items)
+        found |= ranks.on_main(lambda: Judge(cfg.judge, Path(cfg.store_dir)).win_rate(items))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from transformers import AutoConfig, OPTConfig
 
+from rlhf_cli import ranks
 from rlhf_cli.config.catalog import conf_dir
 from rlhf_cli.config.schema import (
     AlignConfig,
@@ -191,7 +192,8 @@ def plan_of(cfg: CommandConfig, stage: str) -> Plan:
     how, block = frozen(cfg), getattr(cfg.trainer, stage)
     made = stage == "sft" and cfg.model.path is None  # no base worth keeping: all its weights are trained
     peft = cfg.peft if isinstance(cfg.peft, LoraConfig) and not made else None
-    micro = block.micro_batch_size or block.batch_size
+    share = max(1, block.batch_size // ranks.world())
+    micro = min(block.micro_batch_size or share, share)
     plan = Plan(
         stage=stage,
         how=Holding(
@@ -204,7 +206,7 @@ def plan_of(cfg: CommandConfig, stage: str) -> Plan:
         prompt_tokens=cfg.dataset.max_prompt_tokens,
         completion_tokens=cfg.dataset.max_completion_tokens,
         micro_batch=micro,
-        accumulates=block.batch_size > micro,
+        accumulates=share > micro,
         weight_bytes=_weight_bytes(peft) if isinstance(peft, QLoraConfig) else None,
     )
     if stage != "online":

@@ -12,7 +12,13 @@ from typing import Any
 
 from rlhf_cli import ranks
 from rlhf_cli.config.compose import as_dict, identity, own_modules
-from rlhf_cli.config.schema import AlignConfig, CommandConfig
+from rlhf_cli.config.schema import (
+    AlignConfig,
+    CommandConfig,
+    EvaluateConfig,
+    OnlineAlgoConfig,
+    TrainedRewardConfig,
+)
 from rlhf_cli.data import content, load
 from rlhf_cli.errors import RUN_FOLDER, DataError, UserError
 from rlhf_cli.metrics.guard import crossed
@@ -20,7 +26,7 @@ from rlhf_cli.run import Run, default_name
 from rlhf_cli.stages import priors
 from rlhf_cli.stages.judgements import check_calibration
 from rlhf_cli.store import check_folder, read_json
-from rlhf_cli.trainers.common import resolve_device
+from rlhf_cli.trainers.common import resolve_device, share_of_batch
 
 
 class Session:
@@ -67,6 +73,7 @@ def open_run(
         DataError: the dataset cannot be used.
     """
     check_folder(Path(cfg.store_dir), "store_dir")
+    check_shares(cfg)
     quiet_libraries()
     keep_freed_memory()
     own = {**own_modules(cfg), **priors.encoders(cfg)}  # may change under the same config
@@ -94,6 +101,21 @@ def open_run(
         tags=_tags(cfg),
     )
     return Session(run, fresh=fresh)
+
+
+def check_shares(cfg: CommandConfig) -> None:
+    """Refuse batches that the processes cannot share, of any stage that may be trained.
+
+    Raises:
+        ConfigError: naming the batch.
+    """
+    names = [] if cfg.trainer.sft.max_steps == 0 else ["sft"]
+    if isinstance(getattr(cfg, "reward", None), TrainedRewardConfig):
+        names.append("rm")
+    if isinstance(cfg, AlignConfig) and not isinstance(cfg, EvaluateConfig):
+        names.append("online" if isinstance(cfg.algo, OnlineAlgoConfig) else "pairwise")
+    for name in names:
+        share_of_batch(getattr(cfg.trainer, name), name)
 
 
 def _tags(cfg: CommandConfig) -> list[str]:

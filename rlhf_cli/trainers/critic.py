@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from rlhf_cli import ranks
 from rlhf_cli.config.schema import OnlineTraining
 from rlhf_cli.models.reward import Critic
+from rlhf_cli.models.sharding import is_sharded
 from rlhf_cli.models.shared_base import RoleModel
 
 
@@ -36,6 +38,9 @@ class CriticTraining:
         self.inside: dict[str, nn.Parameter] = inside
         self.weights |= inside
         self.held: dict[str, Tensor] = {}
+        self.sharded = is_sharded(critic)
+        if not self.sharded:
+            as_on_main(list(self.weights.values()))
         self.optimizer = torch.optim.AdamW(
             self.weights.values(),
             lr=block.critic_learning_rate,
@@ -75,16 +80,31 @@ class CriticTraining:
         self.optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the trained weights and the optimizer."""
+        """Return what a checkpoint keeps: the trained weights and the optimizer. All ranks call it."""
+        if self.sharded:
+            how = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights, optimizer = get_state_dict(self.critic, self.optimizer, options=how)
+            return {"critic": weights, "optimizer": optimizer}
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         return {"critic": weights, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
+        if self.sharded:
+            kept = {"model_state_dict": state["critic"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.critic, self.optimizer, **kept, options=StateDictOptions(full_state_dict=True))
+            return
         for name, weight in self.weights.items():
             weight.copy_(state["critic"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+@torch.no_grad()
+def as_on_main(weights: list[nn.Parameter]) -> None:
+    """Make weights on all ranks those of rank 0."""
+    for weight in weights if ranks.world() > 1 else []:
+        torch.distributed.broadcast(weight.data, src=0)
 
 
 def average_gradients(weights: list[nn.Parameter]) -> None:

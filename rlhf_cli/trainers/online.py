@@ -239,7 +239,7 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / CRITIC_FILE, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(Path(checkpoint) / CRITIC_FILE, map_location="cpu", weights_only=True)
         self.cost_weight = state["cost_weight"]
         if self.critic_training is not None:
             self.critic_training.load(state)

@@ -6,27 +6,49 @@ What `launch=accelerate` does for one job, here for all of those in the file tha
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import rank_shards
 import torch
 from conftest import PIXEL
 
 from rlhf_cli import jobs, ranks
 from rlhf_cli.stages import results, trust
+from rlhf_cli.trainers.common import Reporter
 
 
-def main(plan: Path) -> None:
+def main(file: Path) -> None:
+    plan = json.loads(file.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     results.preference_bars = lambda rows, path, **_: path.write_bytes(PIXEL)
     results.curves = lambda lines, path, keys: path.write_bytes(PIXEL)
     results.pair_figure = lambda pairs, path: bool(path.write_bytes(PIXEL))
     trust.trust_figure = lambda panels, path, **_: path.write_bytes(PIXEL)
     ranks.connect()
-    for command, overrides in json.loads(plan.read_text(encoding="utf-8")):
+    if plan["kill"]:
+        found = rank_shards.found()
+        file.with_name(f"shards-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+        kill_rank_1(*plan["kill"])
+    for command, overrides in plan["jobs"]:
         jobs.run_one(command, overrides, None)
     ranks.barrier()
     ranks.disconnect()
+
+
+def kill_rank_1(title: str, step: int) -> None:
+    """Let rank 1 kill itself after a step of the trainer with this title."""
+    on_step_end = Reporter.on_step_end
+
+    def killing(self: Reporter, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, control, **kwargs)
+        if ranks.rank() == 1 and self.title == title and state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reporter.on_step_end = killing
 
 
 if __name__ == "__main__":

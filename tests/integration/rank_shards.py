@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rlhf_cli.models.logps import token_logps
 from rlhf_cli.models.reward import Critic, sequence_scores
 from rlhf_cli.models.sharding import is_sharded, shard, whole_state
 from rlhf_cli.models.tokens import collate
-from rlhf_cli.trainers.critic import average_gradients
+from rlhf_cli.trainers.critic import CriticTraining, average_gradients
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 20, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -28,12 +29,17 @@ def found() -> dict[str, float]:
     """Return how sharded models differ from whole ones, and the largest share of their weights that this rank has."""
     torch.manual_seed(0)
     batch = collate(PROMPTS, RESPONSES, 1)
-    policy, classifier = OPTForCausalLM(OPTConfig(**SHAPE)), OPTForSequenceClassification(OPTConfig(**SHAPE, num_labels=1))
+    policy, classifier = (
+        OPTForCausalLM(OPTConfig(**SHAPE)),
+        OPTForSequenceClassification(OPTConfig(**SHAPE, num_labels=1)),
+    )
     how: dict[str, Any] = {"temperature": 1.0, "tree": None}
     reward, critic = shard(deepcopy(classifier)), Critic(deepcopy(classifier))
     sharded = shard(deepcopy(policy))
     with torch.no_grad():
-        logps = (token_logps(sharded, batch, **how) - token_logps(policy, batch, **how))[batch.response_mask].abs().max()
+        logps = (
+            (token_logps(sharded, batch, **how) - token_logps(policy, batch, **how))[batch.response_mask].abs().max()
+        )
         scores = (sequence_scores(reward, batch) - sequence_scores(classifier, batch)).abs().max()
     whole = whole_state(sharded) or {}
     state = [float((whole[name] - weight).abs().max()) for name, weight in policy.state_dict().items() if name in whole]
@@ -44,6 +50,7 @@ def found() -> dict[str, float]:
         "state": max(state, default=0.0),
         "gathered": float(len(state)),
         **_critic_step(critic, batch),
+        "resumed": _resumed(shard(Critic(deepcopy(classifier))), shard(Critic(deepcopy(classifier))), batch),
     }
 
 
@@ -73,7 +80,28 @@ def _critic_step(critic: Critic, batch: Any) -> dict[str, float]:
     gathered = {name: weight.full_tensor() for name, weight in sharded.named_parameters()}
     expected = dict(alone.named_parameters())
     return {
-        "averaged": max(float((weight - expected[name]).abs().max()) for name, weight in averaged.named_parameters()),
-        "sharded": max(float((weight - expected[name]).abs().max()) for name, weight in gathered.items()),
-        "moved": max(float((weight - before[name]).abs().max()) for name, weight in expected.items()),
+        "averaged": max(
+            float((weight - expected[name]).detach().abs().max()) for name, weight in averaged.named_parameters()
+        ),
+        "sharded": max(float((weight - expected[name]).detach().abs().max()) for name, weight in gathered.items()),
+        "moved": max(float((weight - before[name]).detach().abs().max()) for name, weight in expected.items()),
     }
+
+
+def _resumed(one: Critic, other: Critic, batch: Any) -> float:
+    """Return how a sharded critic that goes on from a checkpoint differs from one that was never interrupted."""
+    args: Any = SimpleNamespace(adam_beta1=0.9, adam_beta2=0.99, learning_rate=1.0, max_grad_norm=1.0)
+    block: Any = SimpleNamespace(critic_learning_rate=0.1, weight_decay=0.0)
+    policy: Any = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    first, second = (CriticTraining(critic, block, args) for critic in (one, other))
+
+    def step(training: CriticTraining) -> None:
+        (training.critic(batch) * batch.response_mask).sum().backward()
+        training.step(policy)
+
+    step(first)
+    second.load(ranks.broadcast(first.state()))  # which rank 0 writes and all read
+    step(first)
+    step(second)
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a.full_tensor() - b.full_tensor()).detach().abs().max()) for a, b in pairs)

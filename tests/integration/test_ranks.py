@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,58 +17,84 @@ from small_jobs import SMALL, SURVEY, files, gap, job, read_json, read_lines
 from test_invariance import without_blind_directions
 
 from rlhf_cli import ranks
+from rlhf_cli.run import latest_checkpoint
 
 LORA = ["peft=lora", "peft.rank=4"]
 ROWS = ["dataset.demonstrations=250", "dataset.pairs=500"]  # no multiple of a batch
+CLOSED = ["reward=gold", "dataset.closed_vocabulary=true"]  # a policy of a few steps else says nothing valid
+Cases = dict[str, tuple[str, list[str]]]
 # What one process does: (command, overrides). Two get the same, and half the rows each.
-CASES: dict[str, tuple[str, list[str]]] = {
+CASES: Cases = {
     "pcrm": ("train-rm", ["reward=pcrm_cosine"]),
+    "rpo": (
+        "align",
+        [*CLOSED, "algo=rpo", "algo.sft_reduction=token_mean", "trainer.pairwise.micro_batch_size=4"],
+    ),
+    # A critic on the policy's base. Of two ranks one is killed before the second of three updates ends.
+    "shared": (
+        "align",
+        [*LORA, "model.share_base=true", "algo=pm", "algo.minibatches=2", "algo.ppo_epochs=2"]
+        + ["trainer.online.micro_batch_size=4", "trainer.online.max_steps=12"],
+    ),
+}
+KILLED, AT = "shared", 7
+SLOW: Cases = {
+    "sft": ("train-sft", ["trainer.sft.micro_batch_size=2", "trainer.sft.max_steps=40"]),
+    "token_wise": ("train-rm", ["reward=bt", "reward.token_wise=true"]),
+    "rankings": ("train-rm", ["dataset.ranking_size=3"]),
+    "warm": ("train-rm", ["reward=warm", "reward.members=2"]),
     "gae": ("align", ["algo=pm", "algo.minibatches=2", "algo.ppo_epochs=2", "trainer.online.micro_batch_size=4"]),
     "rloo": (
         "align",
         ["algo=kl_ppo", "algo.advantage=rloo", "algo.whiten_advantages=true", "algo.beta_schedule=adaptive"],
     ),
-    "rpo": ("align", ["algo=rpo", "algo.sft_reduction=token_mean", "trainer.pairwise.micro_batch_size=4"]),
-    "shared": ("align", [*LORA, "model.share_base=true", "algo=pm"]),
-}
-SLOW: dict[str, tuple[str, list[str]]] = {
-    "sft": ("train-sft", ["trainer.sft.micro_batch_size=2", "trainer.sft.max_steps=40"]),
-    "token_wise": ("train-rm", ["reward=bt", "reward.token_wise=true"]),
-    "rankings": ("train-rm", ["dataset.ranking_size=3"]),
-    "warm": ("train-rm", ["reward=warm", "reward.members=2"]),
-    "dpm": ("align", ["algo=dpm"]),
-    "dpo_lora": ("align", [*LORA, "algo=dpo"]),
+    "dpo": ("align", [*CLOSED, "algo=dpo"]),
+    "dpm": ("align", [*CLOSED, "algo=dpm"]),
+    "dpo_lora": ("align", [*LORA, *CLOSED, "algo=dpo"]),
     "pm_lora": ("align", [*LORA, "algo=pm", "model.gradient_checkpointing=true"]),
     "evaluate": ("evaluate", []),
 }
 
 
-def together(folder: Path, cases: dict[str, tuple[str, list[str]]], world: int = 2) -> None:
-    """Run cases on several ranks, in `folder`/store and `folder`/CASE."""
-    folder.mkdir()
+def together(folder: Path, cases: Cases, *, kill: tuple[str, int] | None = None, world: int = 2) -> list[int]:
+    """Run cases on several ranks, in `folder`/store and `folder`/CASE, and return the exit codes of the ranks.
+
+    Args:
+        folder: made where it does not exist.
+        cases: what is run, one after another.
+        kill: title of a trainer and its step after which rank 1 is killed.
+        world: number of ranks.
+    """
+    folder.mkdir(exist_ok=True)
     common = [*SMALL, *SURVEY, *ROWS, f"store_dir='{folder / 'store'}'"]
     plan = [(command, [*common, f"run_dir='{folder / name}'", *more]) for name, (command, more) in cases.items()]
-    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps({"jobs": plan, "kill": kill}), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     places = {ranks.LAUNCHED: "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     places |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
+    logs = [(folder / f"{number}.log").open("a", encoding="utf-8") for number in range(world)]
     started = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("rank_jobs.py")), str(folder / "plan.json")],
             env={**os.environ, **places, "RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=(folder / f"{number}.log").open("w"),
+            stdout=log,
             stderr=subprocess.STDOUT,
         )
-        for number in range(world)
+        for number, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(timeout=500) for process in started]
+        return [process.wait(timeout=500) for process in started]
     finally:
-        for process in started:
+        for process, log in zip(started, logs, strict=True):
             process.kill()
-    assert codes == [0] * world, "\n".join((folder / f"{number}.log").read_text()[-3000:] for number in range(world))
+            log.close()
+
+
+def said(folder: Path) -> str:
+    """Return the end of what the ranks have printed."""
+    return "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in sorted(folder.glob("*.log")))
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -89,7 +116,9 @@ def alike(one: Path, other: Path) -> None:
             found = tensors(one / name), tensors(other / name)
             assert len(found[0]) > 2
             assert gap(*found) < 1e-5, name
-    logs = [read_lines(run / "training_log.jsonl") if (run / "training_log.jsonl").exists() else [] for run in (one, other)]
+    logs = [
+        read_lines(run / "training_log.jsonl") if (run / "training_log.jsonl").exists() else [] for run in (one, other)
+    ]
     for line, beside in zip(*logs, strict=True):
         assert line.keys() == beside.keys()
         assert beside == pytest.approx(line, rel=1e-3, abs=1e-5)
@@ -103,7 +132,11 @@ def alike(one: Path, other: Path) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which two ranks did all of CASES."""
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    together(folder, CASES)
+    codes = together(folder, CASES, kill=("pm", AT))
+    assert codes[1] == -signal.SIGKILL, said(folder)
+    assert codes[0] not in (0, None), "rank 0 cannot go on alone"
+    assert latest_checkpoint(folder / KILLED / "checkpoints") == folder / KILLED / "checkpoints" / "checkpoint-4"
+    assert together(folder, {KILLED: CASES[KILLED]}) == [0, 0], said(folder)
     return folder
 
 
@@ -112,7 +145,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that does a case in this process: alone(name, cases)."""
     folder = tmp_path_factory.mktemp("alone")
 
-    def run(name: str, cases: dict[str, tuple[str, list[str]]] = CASES) -> Path:
+    def run(name: str, cases: Cases = CASES) -> Path:
         command, more = cases[name]
         return job(command, *ROWS, *more, run_dir=folder / name, store=folder / "store")
 
@@ -125,18 +158,35 @@ def test_two_ranks_end_where_one_process_does(name: str, both: Path, alone: Call
     alike(alone(name), both / name)
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_two_ranks_leave_one_store(both: Path, alone: Callable[..., Path]) -> None:
-    store, mine = both / "store", alone("gae").parent / "store"
+def test_one_rank_writes_the_store(both: Path) -> None:
+    store = both / "store"
     assert files(store / ".work") == set()
-    for stage in ("sft", "rm"):
-        for entry in (mine / stage).iterdir():
-            assert files(store / stage / entry.name) == files(entry)
-            assert gap(tensors(store / stage / entry.name / "model"), tensors(entry / "model")) < 1e-5
-    assert {path.name for path in (store / "samples").iterdir()} >= {path.name for path in (mine / "samples").iterdir()}
+    assert [len(list((store / stage).iterdir())) for stage in ("sft", "rm")] == [1, 2]  # one per reward
+    for entry in (*(store / "sft").iterdir(), *(store / "rm").iterdir()):
+        assert files(entry) == {"identity.json", "metrics.json", "model", "training_log.jsonl"}
+    assert not list(store.rglob("*.tmp"))
 
 
-def test_rank_0_alone_shows_progress(both: Path) -> None:
-    first, second = ((both / f"{number}.log").read_text() for number in (0, 1))
-    assert "100%" in first
+def test_one_rank_shows_progress(both: Path) -> None:
+    first, second = ((both / f"{number}.log").read_text(encoding="utf-8") for number in (0, 1))
+    assert "12/12" in first
     assert "step/s" not in second
+
+
+def test_sharded_models_are_parts_that_say_the_same(both: Path) -> None:
+    for number in (0, 1):
+        found = read_json(both / f"shards-{number}.json")
+        assert found["share"] < 0.51, "each rank holds half"
+        assert found["gathered"] == (0 if number else 37), "rank 0 alone gets the whole"
+        same = ("logps", "scores", "state", "averaged", "sharded", "resumed")
+        assert {name: found[name] for name in same} == pytest.approx(dict.fromkeys(same, 0.0), abs=1e-6)
+        assert found["moved"] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
+def test_more_of_what_two_ranks_do_ends_where_one_process_does(tmp_path: Path, alone: Callable[..., Path]) -> None:
+    folder = tmp_path / "two"
+    assert together(folder, SLOW) == [0, 0], said(folder)
+    for name in SLOW:
+        alike(alone(name, SLOW), folder / name)

@@ -183,7 +183,10 @@ def test_a_classifier_that_reads_from_both_sides_is_refused(tmp_path: Path) -> N
     ],
     ids=["shapes", "type", "family", "new", "code"],
 )
-def test_a_config_that_does_not_fit_is_one_line(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+def test_a_config_that_does_not_fit_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whether code should be run: nobody is asked
     file = save_miniature("llama-3.2", tmp_path) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(RunError, match=f"^no policy could be opened in .*{why}") as raised:

@@ -187,7 +187,10 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_code_that_a_tokenizer_brings_is_neither_run_nor_asked_about(tmp_path: Path) -> None:
+def test_code_that_a_tokenizer_brings_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     WORDS.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "brandnew"}))
     edited(tmp_path, tokenizer_class="BrandNewTokenizer", auto_map={"AutoTokenizer": ["x.T", None]})
