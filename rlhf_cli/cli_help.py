@@ -88,8 +88,11 @@ def _write_rows(formatter: Any, rows: list[tuple[str, str]]) -> None:
     for name, text in rows:
         first = f"{'':>{formatter.current_indent}}{name}".ljust(column)
         rest = " " * column
-        whole = {"break_on_hyphens": False, "break_long_words": False}
-        formatter.write(fill(text, formatter.width, initial_indent=first, subsequent_indent=rest, **whole) + "\n")
+        filled = fill(
+            text, formatter.width, initial_indent=first, subsequent_indent=rest,
+            break_on_hyphens=False, break_long_words=False,
+        )  # fmt: skip
+        formatter.write(filled + "\n")
 
 
 def _shown(catalog: Catalog, group: str) -> str:

@@ -22,7 +22,7 @@ from rlhf_cli.report.run_groups import (
 TARGET_BLOCKS = ("dataset.", "reward.", "sampler.")
 TARGET_KEYS = ("reward_model", "reference")
 # Reward models that differ here were judged on different data.
-WORLD_KEYS = ("dataset.name", "dataset.source", "dataset.path", "dataset.subset", "dataset.split")
+WORLD_KEYS: tuple[str, ...] = ("dataset.name", "dataset.source", "dataset.path", "dataset.subset", "dataset.split")
 WORLD_KEYS += ("dataset.parts", "dataset.weights", "dataset.max_rows", "dataset.seed", "dataset.questions")
 JUDGE_KEYS = ("dataset.length_bias", "dataset.ranking_size")
 # What measured.json tells of runs of one seed.

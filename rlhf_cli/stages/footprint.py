@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+import yaml
 from transformers import AutoConfig, OPTConfig
 
 from rlhf_cli import ranks
@@ -174,8 +174,8 @@ def _changes(cfg: CommandConfig, found: Estimate) -> Iterator[tuple[str, Callabl
 
 
 def _default_adapters() -> Adapters:
-    lora = cast(Any, OmegaConf.load(conf_dir() / "peft" / "lora.yaml"))
-    return Adapters(lora.rank, tuple(lora.targets))
+    lora = yaml.safe_load((conf_dir() / "peft" / "lora.yaml").read_text(encoding="utf-8"))
+    return Adapters(lora["rank"], tuple(lora["targets"]))
 
 
 def _one_base(cfg: CommandConfig) -> bool:

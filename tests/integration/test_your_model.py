@@ -1,4 +1,4 @@
-"""The worked example of docs/models_and_data.md, from a local file and a local model to an export, does what it says."""
+"""The worked example of docs/models_and_data.md does what it says: from a local file and model to an export."""
 
 from __future__ import annotations
 
