@@ -100,7 +100,7 @@ def _resumed(one: Critic, other: Critic, batch: Any) -> float:
         training.step(policy)
 
     step(first)
-    second.load(ranks.broadcast(first.state()))  # which rank 0 writes and all read
+    second.load(deepcopy(ranks.broadcast(first.state())))  # rank 0 writes it, and all read it
     step(first)
     step(second)
     pairs = zip(one.parameters(), other.parameters(), strict=True)
