@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                       # OPT-1.3B with random weights, 256 + 256 tokens, bfloat16
     python benchmarks/gpu.py --model FOLDER        # a model of your own, in Hugging Face layout
-    python benchmarks/gpu.py --dry-run             # a small OPT on the CPU: that the script works, not how fast a GPU is
+    python benchmarks/gpu.py --dry-run             # a small OPT on the CPU: shows that the script works
 
 Conditional PM with PPO and a critic, as `rlhf align experiment=pm_opt-1.3b_hh`, on made-up dialogues that fill their
 limits. Each row is a process of its own (benchmarks/gpu_job.py). Writes benchmarks/results/gpu.md.

@@ -116,9 +116,9 @@ def _model(size: Size) -> str:
 
 def _limits(limits: Limits) -> str:
     return (
-        f"{limits.name}: {limits.peak / TERA:.3g} TFLOP/s and {limits.bandwidth / GB:,.0f} GB/s ({limits.source}; a large "
-        f"matrix product reaches {limits.matmul / TERA:.3g}, a copy {limits.copy / GB:,.0f}), so arithmetic bounds what "
-        f"does more than {limits.ridge:.0f} FLOPs a byte, and memory what does fewer"
+        f"{limits.name}: {limits.peak / TERA:.3g} TFLOP/s and {limits.bandwidth / GB:,.0f} GB/s ({limits.source};\n"
+        f"a large matrix product reaches {limits.matmul / TERA:.3g}, a copy {limits.copy / GB:,.0f}). So arithmetic\n"
+        f"bounds what does more than {limits.ridge:.0f} FLOPs a byte, and memory what does fewer"
     )
 
 
@@ -148,34 +148,40 @@ def _memory(one: Measured, row: Row) -> str:
 def _why(row: Row, one: Measured) -> str:
     (what, share), intensity = bound(row, one.limits), row.flops / row.bytes
     side = "above" if intensity > one.limits.ridge else "below"
-    found = f"{intensity:.0f} FLOPs a byte, {side} {one.limits.ridge:.0f}: {what} is its limit, and it reaches {share:.0%}. "
+    found = (
+        f"{intensity:.0f} FLOPs a byte, {side} {one.limits.ridge:.0f}. Its limit is {what}: {share:.0%} is reached. "
+    )
     if share < FAR:
         found += "What it takes beyond that is neither: starting kernels, copies, padding, Python. "
     return found + WHY[row.phase]
 
 
 WHY = {
-    GENERATE: "Each token reads all weights and all keys and values for one product each; a larger batch shares the weights.",
+    GENERATE: "Each token reads all weights, and all keys and values, for one product each; a larger batch shares the "
+    "weights.",
     SCORE: "One forward of the reward model over whole sequences.",
     LOGPS: "One forward each of policy, reference and critic; log-probs, KL and entropy share the policy's. Over the "
     "vocabulary they pass several times.",
     UPDATE: "Forward and backward of policy and critic, then two AdamW steps, which memory bounds.",
 }
-DRY = "No CUDA GPU was at hand: this is the dry run on a CPU. It shows that the benchmark works, not how fast a GPU is.\n\n"
+DRY = (
+    "No CUDA GPU was at hand: this is the dry run on a CPU. "
+    "It shows that the benchmark works, not how fast a GPU is.\n\n"
+)
 TEXT = """{hand}# Phases of an update on one device
 
 `{command}`: {model}, conditional preference matching with PPO and a critic, {prompt} + {response} tokens,
-{dtype}, {rollouts} rollouts an update, micro-batches of {micro_batch}, median of {updates} updates after one that warms up.
-{limits}.
+{dtype}, {rollouts} rollouts an update, micro-batches of {micro_batch}, median of {updates} updates after one that warms
+up. {limits}.
 
 ## Speed
 
-| variant | engine | prompts/s | sampled tokens/s | of the authors' 20 | s an update | generate | score | log-probs | update | rest |
+| variant | engine | prompts/s | tokens/s | of the authors' 20 | s an update | generate | score | log-probs | update | rest |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {whole}
 
-The authors of preference matching report 20 prompts/s for OPT-1.3B with these lengths on 4 A100, 5 a GPU
-(arXiv 2405.16455). Score, log-probs and update are the same code for every engine.
+The authors of preference matching report 20 prompts/s for OPT-1.3B with 256 + 256 tokens on 4 A100, 5 a GPU
+(arXiv 2405.16455). Tokens are those sampled, a second of the whole update. Score, log-probs and update are the same code for every engine.
 {missing}
 ## Phases
 
@@ -192,8 +198,8 @@ What bounds each phase, first variant:
 
 ## Memory beside the estimate
 
-What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no estimate.
-On a GPU the peak of PyTorch's tensors, on a CPU of resident memory.
+What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no
+estimate. On a GPU the peak is that of PyTorch's tensors, on a CPU of resident memory.
 
 | variant | engine | phase | estimated GB | measured GB | difference |
 |---|---|---|---:|---:|---:|

@@ -41,7 +41,7 @@ def steps(number: int, batch: int, micro: int) -> list[str]:
     return found
 
 
-FEW_STEPS = [*steps(3, 8, 4), "dataset.eval_prompts=8", "dataset.eval_samples=2", "dataset.pool_samples=2"]
+FEW_STEPS = [*steps(2, 8, 4), "dataset.eval_prompts=4", "dataset.eval_samples=2", "dataset.pool_samples=2"]
 # Rows that fill the limits, as the estimate assumes. Two steps: the second has AdamW's moments beside it.
 LENGTHS = (128, 128)
 FULL = [*steps(2, 8, 4), "dataset.eval_prompts=2", "dataset.eval_samples=2", "dataset.pool_samples=0"]

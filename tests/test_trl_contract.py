@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from rlhf_cli.data.tokenizer import word_tokenizer
 
@@ -31,7 +30,7 @@ HOOKS = [
         "rewards are scored on token ids, end-of-sequence included",
     ),
     (RLOOTrainer, "_generate_and_score_completions", ["inputs"], "per-token rewards, critic and GAE replace TRL's"),
-    (RLOOTrainer, "_prepare_inputs", ["generation_batch"], "later PPO epochs reshuffle the buffered rollouts"),
+    (RLOOTrainer, "_prepare_inputs", ["generation_batch"], "minibatches are dealt out of the rollouts of all ranks"),
     (RLOOTrainer, "_compute_loss", ["model", "inputs"], "clipped per-token ratio and value loss"),
     (DPOTrainer, "_prepare_dataset", ["dataset", "processing_class", "args", "dataset_name"], "rows are ids already"),
     (DPOTrainer, "_compute_loss", ["model", "inputs", "return_outputs"], "Algorithm.pair_loss replaces TRL's"),
@@ -46,6 +45,15 @@ HOOKS = [
     (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit takes the weights of a finished one"),
     (Trainer, "_load_optimizer_and_scheduler", ["checkpoint"], "OnlineTrainer loads critic and cost weight with it"),
     (Trainer, "_load_from_checkpoint", ["resume_from_checkpoint", "model"], "fit adopts a checkpoint of the last step"),
+    (Trainer, "_get_train_sampler", ["train_dataset"], "WholeBatches fills the last batch of a pass"),
+    (Trainer, "_get_num_items_in_batch", ["batch_samples", "device"], "PairwiseTrainer counts the tokens of a step"),
+    (
+        Trainer,
+        "_prepare_for_training",
+        ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+        "OnlineTrainer keeps a critic in the policy's module out of DDP",
+    ),
+    (Trainer, "log", ["logs", "start_time"], "AllRanks averages what was noted over ranks"),
     (Trainer, "create_optimizer", ["model"], "OnlineTrainer steps the critic from a hook on the policy's optimizer"),
 ]
 BASE: dict[str, Any] = {
@@ -93,16 +101,6 @@ def test_trl_saves_a_checkpoint_as_transformers_does_but_for_the_model_card(
     assert done == ["card", "save"], f"{owner.__name__}._save_checkpoint does more now; call it from WholeCheckpoints"
 
 
-def test_rollouts_are_shuffled_in_unison_and_split_in_order() -> None:
-    """OnlineTrainer._prepare_inputs reshuffles with both."""
-    rows: Any = {"a": torch.arange(6), "b": torch.arange(6).repeat(2, 1).T}
-    shuffled: Any = shuffle_sequence_dict(rows)
-    assert sorted(shuffled["a"].tolist()) == rows["a"].tolist()
-    assert torch.equal(shuffled["a"], shuffled["b"][:, 0])
-    parts: Any = split_tensor_dict(rows, 3)
-    assert [part["a"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
-
-
 def test_one_generation_is_refused_by_the_config_alone(tmp_path: Path) -> None:
     """online_trainer sets num_generations after the check, because PPO with a critic needs no second response."""
     with pytest.raises(ValueError, match="at least 2 generations"):
@@ -136,13 +134,16 @@ class OnlineProbe(RLOOTrainer):
         return {"input_ids": torch.tensor(ids)}
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        if self._step == 2:  # a later pass over the same rollouts: put rows of our own into the buffer
+        if self._step % 4 == 0 or self._buffered_inputs is None:
+            whole = self._generate_and_score_completions(generation_batch)["input_ids"]
+            self._buffered_inputs = [{"input_ids": part} for part in whole.split(2)]
+        if self._step == 2:  # a later pass over the same rollouts has another order, or other rows
             self._buffered_inputs = [{name: part[name] + 1 for name in part} for part in self._buffered_inputs]
-        return super()._prepare_inputs(generation_batch)
+        return self._buffered_inputs[self._step % 2]
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         self.asked.append(("loss", inputs["input_ids"]))
-        assert inputs is self._buffered_inputs[self._step % 2], "_token_share finds the micro-batch by _step"
+        assert inputs is self._buffered_inputs[self._step % 2], "_prepare_inputs finds the micro-batch by _step"
         logits = model(input_ids=inputs["input_ids"]).logits
         assert logits.shape == (2, 4, SHAPE["vocab_size"]), "models/logps.py reads full logits from the wrapped model"
         self._metrics["train"]["probe"].append(1.0)
@@ -225,7 +226,7 @@ def test_online_optimizer_hook_runs_after_each_step(online: dict[str, OnlineProb
 
 
 def test_online_micro_batches_are_averaged_with_equal_weight(tmp_path: Path, tokenizer: Any) -> None:
-    """OnlineTrainer._token_share turns this into a mean over all tokens of the optimizer step."""
+    """The share in trainers/rollouts.py turns this into a mean over all tokens of the optimizer step."""
     gradients: list[float] = []
     policy: Any = _policy()
     bias = policy.model.decoder.final_layer_norm.bias

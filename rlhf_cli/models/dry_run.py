@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache
 
 from rlhf_cli.models import logps
 from rlhf_cli.models.adapters import plain, recompute_activations
+from rlhf_cli.models.cache import roomy_cache
 from rlhf_cli.models.meter import RUN, Meter, without_data
 from rlhf_cli.models.reward import token_values
 from rlhf_cli.models.shapes import CLASSIFIER, POLICY, Adapters, ModelShape, adapt, decoder_layers, skeleton
@@ -37,11 +37,13 @@ class Work:
         saved: between forward and backward; of sampling, the whole key-value cache.
         peak: at most.
         logits: of the peak, numbers over the vocabulary.
+        small: at most, of tensors in the C library's heap.
     """
 
     saved: float
     peak: float
     logits: float
+    small: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,19 @@ def trained_on_text(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
 def generated(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
     """Return what sampling takes, at its first or its last token."""
     with _rehearsal(shape, POLICY, how) as (model, meter), meter, torch.no_grad():
-        wrapped = _AsTrained(model, how.dtype)
-        _read_on(wrapped, tokens.rows, tokens.prompt, DynamicCache(config=model.config))
-        first = Work(0, meter.peak, meter.peak_logits)
-        cache = DynamicCache(config=model.config)
-        _read_on(wrapped, tokens.rows, tokens.prompt + tokens.response - 1, cache)
-        meter.restart()  # nobody reads so many at once: it only fills the cache
-        _read_on(wrapped, tokens.rows, 1, cache)
-        full = meter.live
-        last = Work(0, meter.peak, meter.peak_logits)
+        wrapped, room = _AsTrained(model, how.dtype), tokens.prompt + tokens.response
+        with _autocast(how.dtype):  # weights are cast once for all tokens (trainers/engines.py)
+            _read_on(wrapped, tokens.rows, tokens.prompt, roomy_cache(model.config, room))
+        first = Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        cache = roomy_cache(model.config, room)
+        with _autocast(how.dtype):
+            _read_on(wrapped, tokens.rows, tokens.prompt + tokens.response - 1, cache)
+            meter.restart()  # nobody reads so many at once: it only fills the cache
+            _read_on(wrapped, tokens.rows, 1, cache)
+        last = Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        full = meter.live  # casts are gone by now
     found = max(first, last, key=lambda work: work.peak)
-    return Work(full, found.peak, found.logits)
+    return Work(full, found.peak, found.logits, found.small)
 
 
 @lru_cache(maxsize=256)
@@ -136,7 +140,7 @@ def compared(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
         ours, theirs = (logps.vocabulary_logps(wrapped, batch, temperature=1.0, tree=None) for _ in range(2))
         logps.kl(ours, theirs)
         logps.entropy(ours)
-        return Work(0, meter.peak, meter.peak_logits)
+        return Work(0, meter.peak, meter.peak_logits, meter.peak_small)
 
 
 @lru_cache(maxsize=256)
@@ -144,7 +148,7 @@ def read(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
     """Return what reading log-probs with a frozen reference takes."""
     with _rehearsal(shape, POLICY, how, trained=False) as (model, meter), meter, torch.no_grad():
         logps.token_logps(_AsTrained(model, how.dtype), tokens.batch(), temperature=1.0, tree=None)
-        return Work(0, meter.peak, meter.peak_logits)
+        return Work(0, meter.peak, meter.peak_logits, meter.peak_small)
 
 
 # -- how ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def _trained(shape: ModelShape, kind: str, how: Holding, loss: Callable[[Any], T
             value = loss(model).sum()
         saved = meter.live
         torch.autograd.backward(value)
-        return Work(saved, meter.peak, meter.peak_logits)
+        return Work(saved, meter.peak, meter.peak_logits, meter.peak_small)
 
 
 @contextmanager

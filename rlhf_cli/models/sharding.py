@@ -69,8 +69,10 @@ def whole_state(model: Any) -> dict[str, Any] | None:
     kept = {name for name, weight in model.named_parameters() if weight.requires_grad}
     only = kept if isinstance(model, PeftModel) and kept else None
     found: dict[str, Any] = {}
+    seen: set[int] = set()  # a weight under two names is kept under the first, as in the file of a whole model
     for name, weight in model.state_dict(keep_vars=True).items():
-        if only is None or name in only:
+        if id(weight) not in seen and (only is None or name in only):
+            seen.add(id(weight))
             whole = _gathered(weight)
             if ranks.is_main():
                 found[name] = whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import yaml
 from transformers import AutoConfig, OPTConfig
@@ -122,6 +121,8 @@ def table(found: Estimate) -> list[str]:
         shown = ", ".join(f"{name} {_gb(value)}" for name, value in parts.items() if value >= SHOWN * phase.total)
         mark = "  <- the largest" if phase is found.largest and len(found.phases) > 1 else ""
         lines.append(f"  {phase.phase:<36}{_gb(phase.total):>6}  ({shown}){mark}")
+    if found.pieces:
+        lines.append(f"  {'freed, in pieces':<36}{_gb(found.pieces):>6}")
     return lines
 
 

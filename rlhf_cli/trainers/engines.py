@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from rlhf_cli.config.schema import GenerationConfig, VllmGeneration
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import adapter_layers, plain
 from rlhf_cli.models.sampling import row_streams, sample
+from rlhf_cli.models.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,23 @@ def draw(trainer: Any, prompts: list[list[int]], inherited: Callable[[], list[li
         return _vllm(trainer, prompts)
     if engine == "lean":
         streams = row_streams(*key, rows=range(place * rows, (place + 1) * rows))
-        return Drawn(_lean(trainer, prompts, streams))
+        with cast_once(trainer):
+            return Drawn(_lean(trainer, prompts, streams))
     device = trainer.accelerator.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(row_streams(*key, rows=[place])[0])
-        return Drawn(inherited()) if engine == "generate" else _continuous(trainer, prompts)
+        if engine == "continuous":
+            return _continuous(trainer, prompts)
+        with cast_once(trainer):
+            return Drawn(inherited())
+
+
+def cast_once(trainer: Any) -> Any:
+    """Within it, weights in float32 that are computed with in bfloat16 are cast once, not for every token.
+
+    Not those of a sharded policy: the casts would be a whole copy of it.
+    """
+    return nullcontext() if is_sharded(trainer.model) else trainer.accelerator.autocast()
 
 
 def _lean(trainer: Any, prompts: list[list[int]], streams: list[int]) -> list[list[int]]:

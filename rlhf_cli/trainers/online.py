@@ -60,6 +60,7 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
         if parts.critic is not None:  # its gradients are averaged over ranks where it is stepped, not by DDP
             self.critic = self.accelerator.prepare_model(shard_if_asked(parts.critic), evaluation_mode=True)
         self.rollouts: dict[str, Tensor] = {}  # of the update, of all ranks
+        self.dealt: list[dict[str, Tensor]] = []  # this rank's micro-batches of the pass
         self.critic_training = None if parts.critic is None else CriticTraining(parts.critic, block, self.args)
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
@@ -168,12 +169,12 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
         place, part = divmod(self._step % (count * self.num_iterations), count)
         if place == part == 0 or not self.rollouts:
             self.rollouts = self._generate_and_score_completions(generation_batch)
-        if part == 0 or self._buffered_inputs is None:
+        if part == 0 or not self.dealt:
             accumulated = args.gradient_accumulation_steps
             update = self.state.global_step // (count // accumulated * self.num_iterations)
             key, size = (args.seed, update, place), args.per_device_train_batch_size
-            self._buffered_inputs = dealt(self.rollouts, key=key, size=size, count=count, per_step=accumulated)
-        return cast(Any, self._buffered_inputs)[part]
+            self.dealt = dealt(self.rollouts, key=key, size=size, count=count, per_step=accumulated)
+        return self.dealt[part]
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
