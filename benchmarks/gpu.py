@@ -84,7 +84,7 @@ def prepared(size: Size, folder: Path) -> list[str]:
         f"{ASKED} {' '.join(words)}{ANSWERED} {' '.join(words)}" for words in zip(*[made_up(20_000)] * 50, strict=False)
     )
     model = size.model if isinstance(size.model, Path) else build(folder / "model", list(seen), **size.model)
-    rows, count = folder / "dialogues.jsonl", 2 * size.rollouts + 8
+    rows, count = folder / "dialogues.jsonl", 2 * size.rollouts + 20
     words = made_up(count * (size.prompt + 2 * size.response), seed=1)  # a word is a token or more
     write_dialogues(rows, model, words, rows=count, size=size)
     return [
@@ -99,12 +99,18 @@ def prepared(size: Size, folder: Path) -> list[str]:
 
 def measured(variant: str, engine: str, overrides: Sequence[str], size: Size, folder: Path) -> Measured | str:
     """Return what a variant took with an engine, in a process of its own; or why the engine cannot work here."""
-    report = folder / "report.json"
     asked = [*VARIANTS[variant], f"generation={engine}", *overrides]
-    job = [sys.executable, str(HERE / "gpu_job.py"), str(report), str(size.updates + 1), *asked]
-    if subprocess.run(job, env={"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ}, check=False).returncode:
-        raise SystemExit(f"failed: {' '.join(job)}")
-    return read(variant, engine, json.loads(report.read_text(encoding="utf-8")))
+    return read(variant, engine, job(asked, size.updates + 1, folder / "report.json"))
+
+
+def job(overrides: Sequence[str], updates: int, report: Path) -> dict[str, Any]:
+    """Return the report of gpu_job.py."""
+    command = [sys.executable, str(HERE / "gpu_job.py"), str(report), str(updates), *overrides]
+    environment = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ}
+    if subprocess.run(command, env=environment, check=False).returncode:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
 
 
 def read(variant: str, engine: str, report: dict[str, Any]) -> Measured | str:
@@ -188,6 +194,8 @@ def run(
 ) -> list[Measured | tuple[str, str]]:
     """Return what each variant took with each engine; where an engine cannot work, its name and the reason once."""
     overrides = [*prepared(size, folder), *more]
+    for variant in variants:  # the reward models
+        job([*VARIANTS[variant], *overrides], 0, folder / "report.json")
     found: list[Measured | tuple[str, str]] = []
     for engine in engines:
         for variant in variants:

@@ -10,6 +10,7 @@ the kernel's high-water mark is reset), above what there was before the first we
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import time
@@ -103,6 +104,7 @@ class Phases:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what has been freed is no part of the next phase
             Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
         self.since = time.perf_counter()
 
@@ -126,7 +128,7 @@ def measure(updates: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     """Return what `updates` updates took, the first one left out, and what was estimated.
 
     Args:
-        updates: >= 2.
+        updates: >= 2; 0 only makes what comes before them, so that its memory does not count in another process.
         overrides: of `rlhf align`.
         folder: for the trainer's files.
 
@@ -139,21 +141,23 @@ def measure(updates: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     from rlhf_cli.stages.opening import frozen
     from rlhf_cli.stages.session import quiet_libraries
     from rlhf_cli.stages.workspace import prepare
-    from rlhf_cli.trainers import engines
+    from rlhf_cli.trainers import engines, online  # online before memory is looked at: it brings TRL
     from rlhf_cli.trainers.schedule import updates as planned
 
     cfg: Any = compose.load("align", overrides)
     how, block = frozen(cfg), cfg.trainer.online
     engines.require(cfg.generation, how.device)
     quiet_libraries()
-    block.epochs, block.max_steps = None, updates * planned(cfg.algo, block, 1).steps
+    block.epochs, block.max_steps = None, max(updates, 1) * planned(cfg.algo, block, 1).steps
     plan, shapes = footprint.plan_of(cfg, "online"), footprint.shapes(cfg)
     estimate = footprint.estimate(plan, *shapes)
     found_roles = roles.of_config(cfg)
+    if not updates:
+        return {}
     phases = Phases(how.device, held(how.device))
     seed_everything(cfg.seed)
     work = prepare(cfg, found_roles, training=True)
-    trainer = align._trainer(work, work.models.policy, folder)
+    trainer: online.OnlineTrainer = align._trainer(work, work.models.policy, folder)
     trainer.args.save_strategy, trainer.args.logging_strategy = "no", "no"
     trainer.remove_callback(PrinterCallback)
     phases.watch(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ def page(found: Sequence[Measured | tuple[str, str]], size: Size, *, dry: bool) 
         prompt=size.prompt, response=size.response, dtype=first.dtype,
         rollouts=size.rollouts, micro_batch=size.micro_batch, updates=size.updates,
         limits=_limits(first.limits),
+        load=f"; the machine's load average was {os.getloadavg()[1]:.1f}" if dry else "",
         whole="\n".join(_whole(one, dry=dry) for one in measured),
         phases="\n".join(_phase(one, row) for one in measured for row in one.rows),
         missing="\n".join(["", "Not measured:", "", *missing, ""]) if missing else "",
@@ -170,18 +172,21 @@ DRY = (
 )
 TEXT = """{hand}# Phases of an update on one device
 
-`{command}`: {model}, conditional preference matching with PPO and a critic, {prompt} + {response} tokens,
-{dtype}, {rollouts} rollouts an update, micro-batches of {micro_batch}, median of {updates} updates after one that warms
-up. {limits}.
+`{command}`: {model}, conditional
+preference matching with PPO and a critic, {prompt} + {response} tokens, {dtype}, {rollouts} rollouts an update,
+micro-batches of {micro_batch}, median of {updates} updates after one that warms up{load}.
+
+{limits}.
 
 ## Speed
 
-| variant | engine | prompts/s | tokens/s | of the authors' 20 | s an update | generate | score | log-probs | update | rest |
+| variant | engine | prompts/s | tokens/s | of 20 | s an update | generate | score | log-probs | update | rest |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {whole}
 
 The authors of preference matching report 20 prompts/s for OPT-1.3B with 256 + 256 tokens on 4 A100, 5 a GPU
-(arXiv 2405.16455). Tokens are those sampled, a second of the whole update. Score, log-probs and update are the same code for every engine.
+(arXiv 2405.16455). Tokens are those sampled, a second of the whole update; after them, its phases' shares of the time.
+Score, log-probs and update are the same code for every engine.
 {missing}
 ## Phases
 

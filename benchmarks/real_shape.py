@@ -229,6 +229,10 @@ what the ones before left in the store:
 |---|---:|---:|---:|
 {compared}
 
+On the CPU the estimate has a line *freed, but kept in pieces*: tensors below 32 MB lie in the C library's heap,
+gradients and AdamW's moments come to lie between them, and resident memory grows by about the small tensors of a pass
+once more.
+
 `make real-shape DATA=FILE` makes this page anew.
 """
 

@@ -73,6 +73,7 @@ def _print_into(file: Path) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End at once: a pending collective would hold the interpreter's own end up."""
+    ranks.drop_private()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -146,9 +146,16 @@ def private(folder: Path) -> Path:
     if is_main():
         return folder
     made = Path(tempfile.mkdtemp(prefix=f"rlhf-rank{rank()}-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    if not _private:
+        atexit.register(drop_private)
     _private[made] = folder.absolute()
     return made
+
+
+def drop_private() -> None:
+    """Remove the `private` folders; call it where a process ends without Python's own end."""
+    while _private:
+        shutil.rmtree(_private.popitem()[0], ignore_errors=True)
 
 
 def shared(path: Path) -> Path:

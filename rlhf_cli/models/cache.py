@@ -27,8 +27,7 @@ class RoomyLayer(DynamicLayer):
         tokens = before + key_states.shape[-2]
         self.whole_keys[:, :, before:tokens] = key_states
         self.whole_values[:, :, before:tokens] = value_states
-        self._show(tokens)
-        return self.keys, self.values
+        return self._show(tokens)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at `indices`, (B,)."""
@@ -39,8 +38,10 @@ class RoomyLayer(DynamicLayer):
     def _made(self, states: Tensor) -> Tensor:
         return states.new_empty(*states.shape[:2], self.room, states.shape[-1])
 
-    def _show(self, tokens: int) -> None:
-        self.keys, self.values = self.whole_keys[:, :, :tokens], self.whole_values[:, :, :tokens]
+    def _show(self, tokens: int) -> tuple[Tensor, Tensor]:
+        shown = self.whole_keys[:, :, :tokens], self.whole_values[:, :, :tokens]
+        self.keys, self.values = shown
+        return shown
 
 
 def roomy_cache(config: Any, room: int) -> DynamicCache:

@@ -35,7 +35,9 @@ def vocabulary_logps(model: Any, batch: TokenBatch, *, temperature: float, tree:
         logits_to_keep=length + 1,
         use_cache=False,
     )
-    logits = output.logits[:, :-1].float() / temperature
+    logits = output.logits[:, :-1].float()
+    if temperature != 1:  # a copy of all that is read
+        logits = logits / temperature
     if tree is not None:
         logits = tree.restrict(logits, tree.states(batch.input_ids)[:, -length - 1 : -1])
     return logits.log_softmax(-1)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli import ranks
-from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig, SplitConfig
+from rlhf_cli.config.schema import AlignConfig, OnlineAlgoConfig
 from rlhf_cli.data.encode import encode_pairs, encode_prompts, trainer_rows
 from rlhf_cli.models.adapters import save_model
 from rlhf_cli.run import seed_everything
 from rlhf_cli.stages import footprint, priors, roles
+from rlhf_cli.stages.batch_sizes import require_batches
 from rlhf_cli.stages.opening import check_bases, computing
 from rlhf_cli.stages.results import SHOWN, announce, measure
 from rlhf_cli.stages.role_models import critic_model
-from rlhf_cli.stages.session import Session, open_run, replace_folder, require_batch, summary
+from rlhf_cli.stages.session import Session, open_run, replace_folder, summary
 from rlhf_cli.stages.workspace import Workspace, prepare
 from rlhf_cli.store import read_json, write_json
 from rlhf_cli.trainers import engines
@@ -97,6 +98,7 @@ def _follow(work: Workspace, policy: Any, best: Best) -> Callable[[int], dict[st
 
 def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
     cfg, stages = work.cfg, work.roles.stages
+    require_batches(cfg, work.data)
     places: dict[str, Any] = {"folder": folder, "seed": cfg.seed, "computing": computing(cfg)}
     if work.algorithm.family == "pairwise":
         from rlhf_cli.trainers.pairwise import pairwise_trainer
@@ -104,7 +106,6 @@ def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
         block = cfg.trainer.pairwise
         pairs = encode_pairs(work.data.policy_pairs, work.tokenizer, cfg.dataset)
         bounds = priors.bounds(cfg.algo.constraint, work.data.policy_pairs, pairs, cfg=cfg, sft=stages[roles.REFERENCE])
-        require_batch(pairs, block.batch_size, "preference pairs", "trainer.pairwise.batch_size")
         return pairwise_trainer(
             work.algorithm, cfg.algo, policy, work.reference, work.tokenizer, trainer_rows(pairs, bounds), block,
             temperature=cfg.generation.temperature, tree=work.tree, **places,
@@ -126,10 +127,6 @@ def _trainer(work: Workspace, policy: Any, folder: Path) -> Any:
     if cfg.generation.top_p < 1:
         logger.warning("generation.top_p=%s: gradients are biased; metrics use top_p=1", cfg.generation.top_p)
     prompts: Any = encode_prompts(work.data.prompts, work.tokenizer, cfg.dataset)
-    if isinstance(cfg.dataset, SplitConfig):
-        per_row = cfg.algo.num_generations / cfg.algo.minibatches
-        per_update = int(cfg.trainer.online.batch_size / per_row)
-        require_batch(prompts, per_update, "prompts", "trainer.online.batch_size", per_row=per_row)
     return online_trainer(
         parts, policy, work.tokenizer, prompts, cfg.trainer.online,
         max_completion_tokens=cfg.dataset.max_completion_tokens, **places,

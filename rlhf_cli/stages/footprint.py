@@ -122,7 +122,7 @@ def table(found: Estimate) -> list[str]:
         mark = "  <- the largest" if phase is found.largest and len(found.phases) > 1 else ""
         lines.append(f"  {phase.phase:<36}{_gb(phase.total):>6}  ({shown}){mark}")
     if found.pieces:
-        lines.append(f"  {'freed, in pieces':<36}{_gb(found.pieces):>6}")
+        lines.append(f"  {'freed, but kept in pieces':<36}{_gb(found.pieces):>6}")
     return lines
 
 

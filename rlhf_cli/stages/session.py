@@ -20,7 +20,7 @@ from rlhf_cli.config.schema import (
     TrainedRewardConfig,
 )
 from rlhf_cli.data import content, load
-from rlhf_cli.errors import RUN_FOLDER, DataError, UserError
+from rlhf_cli.errors import RUN_FOLDER, UserError
 from rlhf_cli.metrics.guard import crossed
 from rlhf_cli.run import Run, default_name
 from rlhf_cli.stages import priors
@@ -164,27 +164,6 @@ def replace_folder(source: Path, target: Path) -> None:
     """Move a folder to the place of another, which may not exist."""
     shutil.rmtree(target, ignore_errors=True)
     source.rename(target)
-
-
-def require_batch(rows: Sequence, batch: int, what: str, key: str, *, per_row: float = 1) -> None:
-    """Refuse data that does not fill one batch.
-
-    Args:
-        rows: the data.
-        batch: rows in a batch.
-        what: the rows, in words.
-        key: the config key of the batch size.
-        per_row: what the key counts of a row (responses of a prompt).
-
-    Raises:
-        DataError: fewer rows than `batch`.
-    """
-    if len(rows) < batch:
-        raise DataError(
-            f"{len(rows)} {what} are too few for one batch of {batch}",
-            "nothing would be trained",
-            f"add data or set {key}={max(1, int(len(rows) * per_row))} or less",
-        )
 
 
 def summary(session: Session, keys: Sequence[str], files: str = "metrics.json, training_log.jsonl, model/") -> None:

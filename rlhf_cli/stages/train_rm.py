@@ -18,10 +18,11 @@ from rlhf_cli.models.policy import freeze
 from rlhf_cli.models.reward import load_reward_model, new_reward_model, require_finite, save_centre, sequence_scores
 from rlhf_cli.models.tokens import collate
 from rlhf_cli.run import seed_everything
+from rlhf_cli.stages.batch_sizes import require_batches
 from rlhf_cli.stages.judgements import Judgements
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.stages.opening import adapted, check_bases, computing, frozen, reward_start, trained
-from rlhf_cli.stages.session import open_run, require_batch, summary
+from rlhf_cli.stages.session import open_run, summary
 from rlhf_cli.stages.train_sft import dropped
 from rlhf_cli.trainers.common import Reporter, fit
 
@@ -52,13 +53,13 @@ def build(cfg: TrainRmConfig, sft: Path, folder: Path, log: StageLog, member: in
 
     assert isinstance(cfg.reward, TrainedRewardConfig)
     data = Judgements(cfg, sft)
+    require_batches(cfg, data.data)
     seed_everything(cfg.seed)
     start = reward_start(cfg, sft)
     model = adapted(cfg, new_reward_model(start, init_std=cfg.model.init_std, how=trained(cfg)), start)
     seed = member_seed(cfg.seed, member)
     loss = rewards.get(cfg.reward.name)
     rows = data.training_set(loss, sft, np.random.default_rng(seed), folder / "checkpoints")
-    require_batch(rows, cfg.trainer.rm.batch_size, "reward judgements", "trainer.rm.batch_size")
     trainer = reward_trainer(
         model, data.tokenizer, rows, loss, cfg.reward, cfg.trainer.rm, folder=ranks.shared(folder / "checkpoints"),
         seed=seed, computing=computing(cfg),

@@ -18,10 +18,11 @@ from rlhf_cli.models.folders import base_folder
 from rlhf_cli.models.policy import load_policy, load_tokenizer, make_policy
 from rlhf_cli.models.tokenizers import fit_embedding
 from rlhf_cli.run import seed_everything
+from rlhf_cli.stages.batch_sizes import require_batches
 from rlhf_cli.stages.description import say_statistics
 from rlhf_cli.stages.log import StageLog
 from rlhf_cli.stages.opening import adapted, computing, frozen, trained
-from rlhf_cli.stages.session import open_run, require_batch, summary
+from rlhf_cli.stages.session import open_run, summary
 from rlhf_cli.trainers.common import Reporter, fit
 
 ADAPTER = "adapter"  # folder of the trained adapter beside the checkpoints, until it is merged
@@ -53,13 +54,13 @@ def build(cfg: CommandConfig, folder: Path, log: StageLog) -> None:
     tokenizer = load_tokenizer(base, chat_template=cfg.model.chat_template) if base else make_tokenizer(cfg, loaded)
     data = fit_to_context(loaded, tokenizer, cfg.dataset)
     say_statistics(loaded, tokenizer, cfg.dataset, data)
+    require_batches(cfg, data)
     if base is not None and cfg.trainer.sft.max_steps == 0:
         if ranks.is_main():
             _whole(cfg, base, tokenizer).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         log.write_metrics(dropped(data))
         return
-    require_batch(data.demonstrations, cfg.trainer.sft.batch_size, "demonstrations", "trainer.sft.batch_size")
     policy = _policy(cfg, base, tokenizer)
     rows = encode_demonstrations(data.demonstrations, tokenizer, cfg.dataset)
     checkpoints = ranks.shared(folder / "checkpoints")

@@ -14,6 +14,7 @@ from typing import Any
 
 import rank_shards
 import torch
+from accelerate import DistributedType, PartialState
 from conftest import PIXEL
 
 from rlhf_cli import jobs, ranks
@@ -28,15 +29,30 @@ def main(file: Path) -> None:
     results.curves = lambda lines, path, keys: path.write_bytes(PIXEL)
     results.pair_figure = lambda pairs, path: bool(path.write_bytes(PIXEL))
     trust.trust_figure = lambda panels, path, **_: path.write_bytes(PIXEL)
+    if plan["shard"]:
+        call_it_gpus()
     ranks.connect()
-    if plan["kill"]:
+    if plan["kill"] and not plan["shard"]:
         found = rank_shards.found()
         file.with_name(f"shards-{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    if plan["kill"]:
         kill_rank_1(*plan["kill"])
     for command, overrides in plan["jobs"]:
         jobs.run_one(command, overrides, None)
     ranks.barrier()
     ranks.disconnect()
+
+
+def call_it_gpus() -> None:
+    """Let accelerate take this for GPUs: on CPUs it falls back to DDP, though PyTorch shards there too."""
+    init = PartialState.__init__
+
+    def called(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = called
 
 
 def kill_rank_1(title: str, step: int) -> None:
