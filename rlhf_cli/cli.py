@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import redirect_stdout
 from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +15,7 @@ from typer.core import TyperGroup
 from rlhf_cli import __version__
 from rlhf_cli.cli_help import Checkpoint, CommandWithExamples, CommandWithGroups, Device, Dtype
 from rlhf_cli.errors import RankError, RunError, UserError
+from rlhf_cli.stages import imported
 
 
 class CfgView(StrEnum):
@@ -188,10 +188,7 @@ def generate(
     if out is not None:
         given.check_out(out, file)
     found = given.gathered(prompts or [], file, sys.stdin)
-    with redirect_stdout(sys.stderr):  # standard output is for answers, and libraries print as they are imported
-        from rlhf_cli.stages import generate as stage
-
-    stage.run(run, found, asked, out)
+    imported("generate").run(run, found, asked, out)
 
 
 @app.command(cls=CommandWithExamples)
@@ -216,8 +213,7 @@ def export(
     from rlhf_cli.stages.finished_run import read_run
 
     finished = read_run(run)
-    from rlhf_cli.stages import export as stage
-
+    stage = imported("export")
     stage.run(finished, out, stage.Wanted(checkpoint.value, dtype.value, adapter), push=push, private=private)
 
 

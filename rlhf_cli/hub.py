@@ -49,7 +49,8 @@ def local_folder(
     if path.is_dir():
         return path
     if not is_id(given):
-        place = "a run folder, a Hugging Face model folder" if kind == "model" else "a file, a folder"
+        place = "a Hugging Face model folder" if kind == "model" else "a file, a folder"
+        place = place if kind == "dataset" or key.startswith("model.") else f"a run folder, {place}"
         raise RunError(f"{key}={given} is not a folder", "", f"give {place} or a Hub name (ORG/NAME)")
     try:
         if kind == "model" and allow is None:
@@ -264,7 +265,8 @@ def _download(given: str, kind: str, revision: str | None) -> str:
     command = f"hf download {given}{' --repo-type dataset' if kind == 'dataset' else ''}"
     command += f" --revision {revision}" if revision else ""
     unset = ", or unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE and not SILENT else ""
-    return f"`{command}` once where there is a network and keep HF_HOME{unset}"
+    gated = "" if kind == "dataset" else "; of a gated model, first accept the licence on its page and `hf auth login`"
+    return f"`{command}` once where there is a network and keep HF_HOME{unset}{gated}"
 
 
 def _line(error: BaseException) -> str:

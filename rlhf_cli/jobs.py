@@ -9,7 +9,6 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +28,7 @@ from rlhf_cli.errors import RUN_FOLDER, ConfigError, RankError, RunError, UserEr
 from rlhf_cli.launch import gpus
 from rlhf_cli.models import quantisation
 from rlhf_cli.models.check import check_model
+from rlhf_cli.stages import imported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,7 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
         _check_inputs(cfg)
         if launch.is_elsewhere(command, cfg):
             return launch.start(command, cfg, overrides, config_dir)
-    stage = import_module(f"rlhf_cli.stages.{command.replace('-', '_')}")
+    stage = imported(command.replace("-", "_"))
     own = None if config_dir is None else str(config_dir.resolve())
     return cast(Path, stage.run(cfg, overrides=overrides, config_dir=own))
 

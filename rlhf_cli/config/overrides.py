@@ -39,8 +39,13 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def _with_path_quoted(text: str) -> str:
-    """Return the override with quotes if its value is a path that exists: run folders are named `algo=pm,seed=0`."""
+    """Return the override with quotes if its value is a path that exists: run folders are named `algo=pm,seed=0`.
+
+    A path in the home folder, existing or not, is written out: shells leave `key=~/x` as it is, and Hydra refuses it.
+    """
     key, _, value = text.partition("=")
+    if re.fullmatch(r"~/[\w./:@ -]*", value):
+        return "{}='{}'".format(key, os.path.expanduser(value).replace("'", "\\'"))
     if re.fullmatch(r"[\w./:@-]*", value) or "'" in value or not os.path.exists(value):
         return text
     return f"{key}='{value}'"

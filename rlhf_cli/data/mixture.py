@@ -17,6 +17,8 @@ from rlhf_cli.data.checked import checked_rows
 from rlhf_cli.data.rows import Pair, Ranking
 from rlhf_cli.errors import DataError, UserError
 
+KEYS = re.compile(r"dataset\.[\w.]+=[^\s,]+( dataset\.[\w.]+=[^\s,]+)*")  # in advice, one after the other
+
 
 def part_configs(cfg: MixtureConfig) -> list[TextConfig]:
     """Return the config of each part; no part reads more rows than the mixture is to have."""
@@ -46,7 +48,7 @@ def mixed_rows(cfg: MixtureConfig, dropped: Counter[str], counts: dict[str, int]
     parts = part_configs(cfg)
     usable, kinds = [], []
     for name, part in zip(cfg.parts, parts, strict=True):
-        with named(name):
+        with named(name, part):
             kind, count = _counted(part, dropped)
         usable.append(count)
         kinds.append(kind)
@@ -80,13 +82,17 @@ def shares(usable: list[int], weights: list[float], most: int | None) -> list[in
 
 
 @contextmanager
-def named(part: str) -> Iterator[None]:
-    """Name the part of the mixture in what is wrong with it."""
+def named(name: str, part: TextConfig) -> Iterator[None]:
+    """Name the part of the mixture in what is wrong with it; keys are set in its yaml, and a path needs one first."""
     try:
         yield
     except UserError as error:
-        todo = re.sub(r"dataset\.([\w.]+=[^\s,]+)", rf"\1 in the yaml of {part}", error.todo, count=1)
-        raise type(error)(f"part {part} of the mixture: {error.what}", error.why, todo) from error
+        place = f"in the yaml of {name}"
+        if part.path == name:
+            place = f"in DIR/dataset/NAME.yaml with defaults: [{part.source}, _self_] and path: {name}"
+            place += ", and take it by --config-dir DIR with NAME in dataset.parts"
+        todo = re.sub(KEYS, lambda found: f"{found[0].replace('dataset.', '')} {place}", error.todo, count=1)
+        raise type(error)(f"part {name} of the mixture: {error.what}", error.why, todo) from error
 
 
 def _counted(part: TextConfig, dropped: Counter[str]) -> tuple[type, int]:
@@ -105,7 +111,7 @@ def _counted(part: TextConfig, dropped: Counter[str]) -> tuple[type, int]:
 
 def _drawn(name: str, part: TextConfig, take: int, usable: int, rng: random.Random) -> Iterator[Pair | Ranking]:
     """Yield `take` of the `usable` rows of a part, each as likely as any other, in the order they are read."""
-    with named(name):
+    with named(name, part):
         for place, row in enumerate(checked_rows(part, Counter())):
             if rng.random() * (usable - place) < take:
                 take -= 1
@@ -142,7 +148,7 @@ def content(cfg: MixtureConfig) -> list[str]:
     """
     found = []
     for name, part in zip(cfg.parts, part_configs(cfg), strict=True):
-        with named(name):
+        with named(name, part):
             found.append(sources.content(part))
     return found
 
@@ -154,5 +160,5 @@ def check(cfg: MixtureConfig) -> None:
         UserError: a part is missing or cannot be reached.
     """
     for name, part in zip(cfg.parts, part_configs(cfg), strict=True):
-        with named(name):
+        with named(name, part):
             sources.find(part)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -11,6 +13,10 @@ from rlhf_cli.hub import config_file, incomplete, local_folder, weight_files
 
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "Model")  # a bare body may have a tied head
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+ADAPTER = "adapter_config.json"
+# Families that read both ways: a bare body of theirs cannot be told from a causal one by the name of its class.
+ENCODERS = {"albert", "bert", "big_bird", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra"}
+ENCODERS |= {"ernie", "eurobert", "longformer", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm", "xlm-roberta"}
 PICKLE = b"\x80"  # begins .bin files of old
 
 
@@ -36,6 +42,7 @@ def check_model(key: str, given: str) -> None:
         raise _no_config(key, given, folder)
     _require_causal(key, given, folder / "config.json")
     _require_weights(key, given, folder)
+    _require_vocabulary(key, given, folder)
     if key == "model.path" and not any((folder / name).is_file() for name in TOKENIZERS):
         raise incomplete(key, given, f"it holds no tokenizer: {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}")
 
@@ -43,12 +50,13 @@ def check_model(key: str, given: str) -> None:
 def _no_config(key: str, given: str, folder: Path) -> RunError:
     if not Path(given).expanduser().is_dir():
         return incomplete(key, given, "config.json is missing")
-    inside, adapter = folder / "model", (folder / "adapter_config.json").is_file()
-    return RunError(
-        f"{key}={given} holds {'an adapter alone' if adapter else 'no config.json'}",
-        "a whole model in Hugging Face layout is needed",
-        f"set {key}={inside}" if (inside / "config.json").is_file() else "name its folder, or a Hub id",
-    )
+    inside, adapter = folder / "model", (folder / ADAPTER).is_file()
+    run = folder if (inside / ADAPTER).is_file() else folder.resolve().parent if adapter else None
+    todo = f"set {key}={inside}" if (inside / "config.json").is_file() else "name its folder, or a Hub id"
+    if run is not None and (run / "status.json").is_file():
+        todo = f"merge it with `rlhf export {run}`, and set {key}={run / 'export'}"
+    what = f"{key}={given} holds {'an adapter alone' if adapter else 'no config.json'}"
+    return RunError(what, "a whole model in Hugging Face layout is needed", todo)
 
 
 def _require_causal(key: str, given: str, file: Path) -> None:
@@ -60,11 +68,46 @@ def _require_causal(key: str, given: str, file: Path) -> None:
         raise RunError(
             f"{key}={given} is no model that can be opened", why, "fetch it again, or name another"
         ) from error
-    if config.get("is_encoder_decoder") or (names and not any(name.endswith(CAUSAL) for name in names)):
+    if not _is_known(kind) and not config.get("auto_map"):  # of code that a model brings, opening it speaks
+        what = f"{key}={given} is of the family {kind}"
+        todo = "upgrade transformers, or name another model"
+        raise RunError(what, f"transformers {version('transformers')} does not know it", todo)
+    encoder = kind in ENCODERS and not any(name.endswith(CAUSAL[:-1]) for name in names)
+    if encoder or config.get("is_encoder_decoder") or (names and not any(name.endswith(CAUSAL) for name in names)):
         raise RunError(
             f"{key}={given} holds {', '.join(names) or kind} ({kind})",
             "a causal language model is needed",
             "name one, such as facebook/opt-1.3b",
+        )
+
+
+def _is_known(kind: str) -> bool:
+    """Return whether transformers knows a model_type; it is imported, for seconds, only if its files do not show it."""
+    spec = find_spec("transformers")
+    for place in (spec and spec.submodule_search_locations) or []:
+        if (Path(place) / "models" / kind.replace("-", "_") / "__init__.py").is_file():
+            return True
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return kind in CONFIG_MAPPING_NAMES
+
+
+def _require_vocabulary(key: str, given: str, folder: Path) -> None:
+    """Refuse a fast tokenizer with tokens beyond the vocabulary of config.json, as opening the model would."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        known, words = config["vocab_size"], tokenizer["model"]["vocab"]
+        ids = words.values() if isinstance(words, dict) else range(len(words))
+        needed = 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])])
+        beyond = needed > known
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return  # none of this kind: it is looked at when it is opened
+    if beyond:
+        raise RunError(
+            f"the tokenizer in {key}={given} has {needed} tokens, the model's embedding {known}",
+            "tokens beyond it cannot be read",
+            "give a model folder whose tokenizer is the model's own",
         )
 
 

@@ -66,9 +66,12 @@ def require_classifier(path: Path | str) -> None:
     """Refuse the model in `path` if its family has no sequence classifier: by its config, without its weights.
 
     Raises:
-        RunError: it has none.
+        RunError: it has none, or its config cannot be read.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except REFUSALS as error:
+        raise RunError(f"no reward model or critic can start from the model in {path}", reason(error)) from error
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise RunError(
             f"no reward model or critic can start from the model in {path}",

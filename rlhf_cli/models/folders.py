@@ -9,7 +9,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from rlhf_cli.config.schema import ModelConfig
-from rlhf_cli.hub import local_folder
+from rlhf_cli.hub import local_folder, weight_files
 from rlhf_cli.models.adapters import CLASSIFIER, adapter_base, adapter_settings, is_adapter
 from rlhf_cli.models.calibration import CALIBRATION_FILE
 from rlhf_cli.models.reward import CENTRE_FILE
@@ -40,6 +40,18 @@ def fingerprint(folder: Path) -> str:
             changed = (seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
             digest.update(name.encode() + _file_hash(folder / name, changed))
     return digest.hexdigest()
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Return whether the model files in two folders hold the same weights, byte by byte."""
+    if first.resolve() == second.resolve():
+        return True
+    files = [weight_files(folder) for folder in (first, second)]
+    seen = [[(path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in own] for own in files]
+    if [size for size, *_ in seen[0]] != [size for size, *_ in seen[1]]:
+        return False
+    digests = [[_file_hash(*pair) for pair in zip(*both, strict=True)] for both in zip(files, seen, strict=True)]
+    return digests[0] == digests[1]
 
 
 @lru_cache(maxsize=256)

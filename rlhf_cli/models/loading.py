@@ -69,6 +69,7 @@ def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[
         settings: of its config, in place of what the folder says.
 
     Raises:
+        RunError: a weight is not finite.
         one of REFUSALS: it cannot be opened.
     """
     config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False, **settings))
@@ -78,7 +79,26 @@ def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[
     if how.quantization is not None:
         more |= {"quantization_config": how.quantization, "device_map": {"": how.device}}
     model, info = kind.from_pretrained(path, config=config, dtype=how.dtype, output_loading_info=True, **more)
-    return (model if how.quantization is not None else model.to(how.device)), sorted(info["missing_keys"])
+    model = model if how.quantization is not None else model.to(how.device)
+    require_finite(model, path)
+    return model, sorted(info["missing_keys"])
+
+
+def require_finite(model: torch.nn.Module, path: Path | str) -> None:
+    """Refuse a model with NaN or infinite weights: training would fail later, and blame the learning rate.
+
+    Raises:
+        RunError: naming the first of them.
+    """
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    # The sum shows it without a copy of the weights; one of finite weights may overflow, so it only rouses suspicion.
+    odd = [(name, weight) for name, weight in weights if not weight.is_meta and not weight.detach().sum().isfinite()]
+    if name := next((name for name, weight in odd if not weight.detach().isfinite().all()), None):
+        raise RunError(
+            f"the weights of the model in {path} are not finite",
+            f"{name} holds NaN or infinity",
+            "copy or download it again, or name another model",
+        )
 
 
 def without_dropout(config: Any) -> Any:

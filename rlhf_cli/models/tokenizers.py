@@ -51,7 +51,11 @@ def load_tokenizer(path: Path | str, *, training: bool = True, chat_template: st
     except Exception as error:  # missing and damaged files show in many ways
         raise RunError(f"no tokenizer could be opened in {path}", reason(error)) from error
     if tokenizer.eos_token_id is None:
-        raise RunError(f"the tokenizer in {path} has no end-of-sequence token", "every response ends with it")
+        raise RunError(
+            f"the tokenizer in {path} has no end-of-sequence token",
+            "every response ends with it",
+            'name one of its tokens in tokenizer_config.json, such as "eos_token": "</s>"',
+        )
     _set_template(tokenizer, path, chat_template)
     if training and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         _set_padding(tokenizer)
@@ -118,7 +122,7 @@ def fit_embedding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         model.resize_token_embeddings(needed, mean_resizing=False)
     elif needed > known:
         raise RunError(
-            f"the tokenizer has {needed - new_pad} tokens, and the model's embedding {known}",
+            f"the tokenizer in {tokenizer.name_or_path} has {needed - new_pad} tokens, the model's embedding {known}",
             "tokens beyond it cannot be read",
             "give a model folder whose tokenizer is the model's own",
         )

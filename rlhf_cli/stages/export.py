@@ -20,6 +20,7 @@ from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings, is_adapter, merged, open_adapter
 from rlhf_cli.models.calibration import CALIBRATION_FILE
 from rlhf_cli.models.classifier import load_reward_model, new_reward_model
+from rlhf_cli.models.folders import same_weights
 from rlhf_cli.models.loading import REFUSALS, Loading, reason
 from rlhf_cli.models.policy import load_policy, load_tokenizer
 from rlhf_cli.models.reward import CENTRE_FILE, load_centre
@@ -128,6 +129,10 @@ def _check_adapter(source: Path, wanted: Wanted) -> None:
     if not hub.is_id(wanted.adapter) and not (Path(wanted.adapter) / "config.json").is_file():
         what = f"--adapter {wanted.adapter} names no model"
         raise RunError(what, "", "give the Hub id or the folder of the model that the adapter goes on")
+    trained_on = Path(str(adapter_settings(source).get("base_model_name_or_path")))
+    if Path(wanted.adapter).is_dir() and trained_on.is_dir() and not same_weights(Path(wanted.adapter), trained_on):
+        what = f"the weights in --adapter {wanted.adapter} are not those that the adapter was trained on"
+        raise RunError(what, f"it was trained on {trained_on}", "give that folder, a copy of it, or its Hub id")
 
 
 def _check_place(folder: Path, made_from: dict[str, Any]) -> str | None:

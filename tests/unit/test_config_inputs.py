@@ -135,3 +135,20 @@ def test_one_experiment_serves_every_command(command: str, tmp_path: Path) -> No
 def test_groups_of_other_commands_cannot_be_chosen() -> None:
     with pytest.raises(ConfigError, match="algo .* is not a key of train-sft. It belongs to align, evaluate"):
         compose.load("train-sft", ["algo=pm"])
+
+
+def test_a_path_in_the_home_folder_needs_no_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/o'hara")
+    given = [
+        "model=pretrained",
+        "dataset=preferences",
+        "model.path=~/my-model",
+        "dataset.path=~/a b.csv",
+        "run_dir=~/r=1",
+    ]
+    cfg = compose.load("align", given)
+    assert cfg.model.path == "/home/o'hara/my-model"
+    assert cfg.dataset.path == "/home/o'hara/a b.csv"  # type: ignore[attr-defined]
+    assert cfg.run_dir == "/home/o'hara/r=1"
+    with pytest.raises(ConfigError, match="cannot read 'model.path=~/a,~/b'"):
+        compose.load("align", ["model.path=~/a,~/b"])

@@ -111,6 +111,12 @@ def test_an_error_names_the_part(tmp_path: Path) -> None:
     bad.write_text('{"question": "x"}\n')
     with pytest.raises(DataError, match=r"part \S*bad\.jsonl of the mixture: .*bad\.jsonl, line 1: no column prompt"):
         mixed(dataset("mixture", f"parts=[{good},{bad}]"))
+    mend = r"called: columns.prompt=COLUMN columns.chosen=COLUMN columns.rejected=COLUMN in DIR/dataset/NAME.yaml with "
+    mend += (
+        r"defaults: \[preferences, _self_\] and path: \S*bad.jsonl, .*--config-dir DIR with NAME in dataset.parts.?$"
+    )
+    with pytest.raises(DataError, match=mend):
+        mixed(dataset("mixture", f"parts=[{good},{bad}]"))
     write(bad, [{"prompt": "x", "chosen": "same", "rejected": "same"}])
     with pytest.raises(DataError, match=r"part \S*bad\.jsonl of the mixture: there is no usable row.*rejected 1"):
         mixed(dataset("mixture", f"parts=[{good},{bad}]"))

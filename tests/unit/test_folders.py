@@ -21,6 +21,7 @@ from rlhf_cli.models.folders import (
     has_tokenizer,
     is_reward_model,
     model_folder,
+    same_weights,
 )
 
 REWARD_MODEL = {"architectures": ["OPTForSequenceClassification"]}
@@ -86,6 +87,17 @@ def test_weights_are_read_once_until_they_change(folder: Path, monkeypatch: pyte
     (folder / "model.safetensors").write_bytes(b"others!")
     assert fingerprint(folder) != first
     assert read == ["model.safetensors"]
+
+
+def test_weights_are_the_same_whatever_lies_beside_them(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "config.json").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"the same again, never read")
+    assert same_weights(folder, copy)
+    (copy / "model.safetensors").write_bytes(b"weighty")
+    assert not same_weights(folder, copy)
+    (copy / "model.safetensors").write_bytes(b"more weights")
+    assert not same_weights(folder, copy)
 
 
 # -- kinds -------------------------------------------------------------------------------------------------------------
@@ -175,6 +187,10 @@ def test_a_typo_in_a_path_does_not_ask_the_hub(
     with pytest.raises(RunError, match=f"^policy={given} is not a folder. give a run folder, .*or a Hub name"):
         model_folder("policy", given)
     assert asked == []
+    with pytest.raises(
+        RunError, match=f"^model.path={given} is not a folder. give a Hugging Face model folder or a Hub"
+    ):
+        model_folder("model.path", given)
 
 
 class RemoteProtocolError(Exception):

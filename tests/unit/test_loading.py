@@ -16,7 +16,7 @@ from rlhf_cli.config.inputs import ModelConfig
 from rlhf_cli.errors import RunError
 from rlhf_cli.models import loading as loading_module
 from rlhf_cli.models import reward as reward_module
-from rlhf_cli.models.loading import Loading, loading, without_dropout
+from rlhf_cli.models.loading import Loading, loading, require_finite, without_dropout
 from rlhf_cli.models.policy import freeze, load_policy
 from rlhf_cli.models.reward import (
     ModelReward,
@@ -136,6 +136,27 @@ def without_weight(folder: Path, to: Path, name: str) -> Path:
     save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
     (to / "config.json").write_bytes((folder / "config.json").read_bytes())
     return to
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(opt: Path, tmp_path: Path, value: float) -> None:
+    weights = load_file(opt / "model.safetensors")
+    name = sorted(weights)[3]
+    weights[name].view(-1)[-1] = value
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((opt / "config.json").read_bytes())
+    for how in (Loading(), BFLOAT):
+        for open_ in (load_policy, lambda path, how: new_reward_model(path, init_std=1.0, how=how)):
+            with pytest.raises(
+                RunError, match=f"weights of the model in {tmp_path} are not finite. {name} holds NaN or"
+            ):
+                open_(tmp_path, how=how)
+
+
+def test_finite_weights_whose_sum_is_not_are_taken() -> None:
+    model = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 3e38)
+    require_finite(model, "x")
 
 
 def test_a_model_whose_head_was_never_trained_is_refused(tmp_path: Path) -> None:

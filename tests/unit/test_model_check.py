@@ -35,6 +35,9 @@ def test_every_family_passes(tmp_path: Path, family: str) -> None:
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
         {"model_type": "opt", "architectures": ["OPTModel"]},
         {"model_type": "llama"},
+        {"model_type": "llama4_text"},  # a part of a family
+        {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True},
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},  # its code is refused where it is opened
     ],
 )
 def test_a_causal_language_model_passes(model: Path, config: dict[str, Any]) -> None:
@@ -50,6 +53,8 @@ def test_a_causal_language_model_passes(model: Path, config: dict[str, Any]) -> 
             {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
             r"T5ForConditionalGeneration \(t5\)",
         ),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, r"BertModel \(bert\)"),
+        ({"model_type": "roberta"}, r"roberta \(roberta\)"),
         ({"model_type": "opt", "architectures": ["OPTForSequenceClassification"]}, "OPTForSequenceClassification"),
     ],
 )
@@ -63,6 +68,9 @@ def test_another_kind_of_model_is_refused(model: Path, config: dict[str, Any], w
     ("files", "expected"),
     [
         ({}, "holds no config.json. a whole model in Hugging Face layout is needed. name its folder"),
+        ({"config.json": '{"model_type": "foo"}'}, "is of the family foo. transformers .* does not know it. upgrade"),
+        ({"adapter_config.json": "{}", "../status.json": "{}"}, r"merge it with `rlhf export (\S+)`, .*=\1/export"),
+        ({"model/adapter_config.json": "{}", "status.json": "{}"}, r"merge it with `rlhf export (\S+)`, .*=\1/export"),
         ({"model/config.json": "{}"}, "holds no config.json.*set model.path=.*/model"),
         ({"adapter_config.json": "{}"}, "holds an adapter alone"),
         ({"config.json": "{"}, "is no model that can be opened. config.json is damaged"),
@@ -79,6 +87,8 @@ def test_another_kind_of_model_is_refused(model: Path, config: dict[str, Any], w
     ],
 )
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    tmp_path = tmp_path / "folder"
+    tmp_path.mkdir()
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -110,6 +120,14 @@ def test_a_policy_needs_a_tokenizer_and_the_base_of_a_reward_model_does_not(mode
     with pytest.raises(RunError, match="is not whole. it holds no tokenizer: tokenizer.json, .* or vocab.txt"):
         check_model("model.path", str(model))
     check_model("model.reward_path", str(model))
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    check_model("model.path", str(model))
+    (model / "config.json").write_text(json.dumps(settings | {"vocab_size": 9}))
+    with pytest.raises(RunError, match=rf"the tokenizer in model.path={model} has \d+ tokens, the model's embedding 9"):
+        check_model("model.path", str(model))
 
 
 def test_it_is_checked_without_torch(model: Path) -> None:
