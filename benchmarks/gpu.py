@@ -40,6 +40,8 @@ VARIANTS = {
     "LoRA": ["peft=lora"],
     "shared base": ["peft=lora", "model.share_base=true"],
 }
+# glibc else keeps freed tensors, and resident memory on a CPU would be what was once held.
+FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 ENGINES = ("default", "generate", "continuous", "vllm")
 # What the estimate calls the phases (models/memory.py); rewards adapt their batches to what is left and have none.
 ESTIMATED = {GENERATE: "generation", LOGPS: "reading", UPDATE: "training"}
@@ -106,7 +108,7 @@ def measured(variant: str, engine: str, overrides: Sequence[str], size: Size, fo
 def job(overrides: Sequence[str], updates: int, report: Path) -> dict[str, Any]:
     """Return the report of gpu_job.py."""
     command = [sys.executable, str(HERE / "gpu_job.py"), str(report), str(updates), *overrides]
-    environment = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ}
+    environment = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ, **FREED}
     if subprocess.run(command, env=environment, check=False).returncode:
         raise SystemExit(f"failed: {' '.join(command)}")
     found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))

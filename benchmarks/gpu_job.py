@@ -162,7 +162,7 @@ def measure(updates: int, overrides: list[str], folder: Path) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     phases.watch(trainer)
     trainer.train()
-    name = torch.cuda.get_device_name() if how.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if how.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     return {
         "device": asdict(limits(how.device, name, how.dtype)),
         "dtype": str(how.dtype).removeprefix("torch."),

@@ -204,7 +204,7 @@ What bounds each phase, first variant:
 ## Memory beside the estimate
 
 What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no
-estimate. On a GPU the peak is that of PyTorch's tensors, on a CPU of resident memory.
+estimate. On a GPU the peak is that of PyTorch's tensors, on a CPU of resident memory, the libraries' buffers included.
 
 | variant | engine | phase | estimated GB | measured GB | difference |
 |---|---|---|---:|---:|---:|

@@ -43,8 +43,8 @@ SIDEWAYS = {
     ("rewards", "algos"),
     ("metrics", "algos"),
 }
-# Modules found by name at run time: a command's stage, an algorithm's schema and record.
-BY_NAME = {("jobs", "stages"), ("launch", "rank_job"), ("launch", "cli"), ("config", "algos"), ("config", "rewards")}
+# Modules of another room that are found by name at run time: an algorithm's schema and record.
+BY_NAME = {("launch", "rank_job"), ("launch", "cli"), ("config", "algos"), ("config", "rewards")}
 
 PURE = {"algos", "rewards", "metrics"}
 PURE_LIBRARIES = {"torch", "numpy", "scipy"}

@@ -44,7 +44,7 @@ def _with_path_quoted(text: str) -> str:
     A path in the home folder, existing or not, is written out: shells leave `key=~/x` as it is, and Hydra refuses it.
     """
     key, _, value = text.partition("=")
-    if re.fullmatch(r"~/[\w./:@ -]*", value):
+    if re.fullmatch(r"~/[\w./:@ =-]*", value):
         return "{}='{}'".format(key, os.path.expanduser(value).replace("'", "\\'"))
     if re.fullmatch(r"[\w./:@-]*", value) or "'" in value or not os.path.exists(value):
         return text

@@ -163,6 +163,9 @@ def test_an_adapter_alone_goes_on_the_exported_sft_policy(rlhf: Rlhf, made: dict
     both.name_or_path = str(folder)
     merged = AutoModelForCausalLM.from_pretrained(exported(rlhf, made["lora"], tmp_path / "merged")).eval()
     torch.testing.assert_close(logits(both), logits(merged), atol=1e-5, rtol=0)
+    other = refused(rlhf("export", str(made["lora"]), str(tmp_path / "x"), "--adapter", str(made["pm"] / "model")))
+    assert "are not those that the adapter was trained on" in other
+    assert str(sft) in other
     line = refused(rlhf("export", str(made["pm"]), str(tmp_path / "x"), "--adapter", "me/sft"))
     assert "holds whole weights, not an adapter" in line
     assert "names no model" in refused(rlhf("export", str(made["lora"]), str(tmp_path / "x"), "--adapter", "nothing"))

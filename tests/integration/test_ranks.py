@@ -23,7 +23,7 @@ LORA = ["peft=lora", "peft.rank=4"]
 ROWS = ["dataset.demonstrations=250", "dataset.pairs=500"]  # no multiple of a batch
 CLOSED = ["dataset.closed_vocabulary=true"]  # a policy of a few steps else says nothing valid, and no step is best
 GAE = [*CLOSED, "algo=pm", "algo.minibatches=2", "algo.ppo_epochs=2", "trainer.online.micro_batch_size=4"]
-GAE += ["trainer.online.max_steps=12"]
+GAE += ["trainer.online.max_steps=12", "trainer.online.eval_every_steps=6"]
 Cases = dict[str, tuple[str, list[str]]]
 # What one process does: (command, overrides). Two get the same, and half the rows each.
 CASES: Cases = {

@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_cli import stages
 from rlhf_cli.errors import ConfigError, DataError
 from rlhf_cli.report.answers import show, side_by_side, stacked
 from rlhf_cli.stages.finished_run import MARKER, prompt_form
@@ -20,6 +22,16 @@ USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "con
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_what_libraries_print_as_they_are_imported_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noisy.py").write_text("print('[INFO] Running in WANDB offline mode')\nvalue = 5")
+    monkeypatch.setattr(stages, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "rlhf_cli.stages.noisy", raising=False)
+    assert stages.imported("noisy").value == 5
+    assert capsys.readouterr().out == ""
 
 
 def test_prompts_come_from_one_place(tmp_path: Path) -> None:
