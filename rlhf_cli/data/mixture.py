@@ -91,7 +91,10 @@ def named(name: str, part: TextConfig) -> Iterator[None]:
         if part.path == name:
             place = f"in DIR/dataset/NAME.yaml with defaults: [{part.source}, _self_] and path: {name}"
             place += ", and take it by --config-dir DIR with NAME in dataset.parts"
-        todo = re.sub(KEYS, lambda found: f"{found[0].replace('dataset.', '')} {place}", error.todo, count=1)
+        todo = error.todo
+        if part.path == name:  # another path is another part
+            todo = re.sub(r"dataset\.path=([^\s,]+)", r"\1 in dataset.parts", todo)
+        todo = re.sub(KEYS, lambda found: f"{found[0].replace('dataset.', '')} {place}", todo, count=1)
         raise type(error)(f"part {name} of the mixture: {error.what}", error.why, todo) from error
 
 

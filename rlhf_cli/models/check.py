@@ -93,13 +93,14 @@ def _is_known(kind: str) -> bool:
 
 
 def _require_vocabulary(key: str, given: str, folder: Path) -> None:
-    """Refuse a fast tokenizer with tokens beyond the vocabulary of config.json, as opening the model would."""
+    """Refuse a tokenizer in JSON with tokens beyond the vocabulary of config.json, as opening the model would."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-        known, words = config["vocab_size"], tokenizer["model"]["vocab"]
+        known = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+        whole = (folder / "tokenizer.json").is_file()
+        tokenizer = json.loads((folder / ("tokenizer.json" if whole else "vocab.json")).read_text("utf-8"))
+        words, added = (tokenizer["model"]["vocab"], tokenizer.get("added_tokens") or []) if whole else (tokenizer, [])
         ids = words.values() if isinstance(words, dict) else range(len(words))
-        needed = 1 + max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])])
+        needed = 1 + max([*ids, *(token["id"] for token in added)])
         beyond = needed > known
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return  # none of this kind: it is looked at when it is opened

@@ -37,13 +37,11 @@ class Work:
         saved: between forward and backward; of sampling, the whole key-value cache.
         peak: at most.
         logits: of the peak, numbers over the vocabulary.
-        small: at most, of tensors in the C library's heap.
     """
 
     saved: float
     peak: float
     logits: float
-    small: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,16 +118,16 @@ def generated(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
         wrapped, room = _AsTrained(model, how.dtype), tokens.prompt + tokens.response
         with _autocast(how.dtype):  # weights are cast once for all tokens (trainers/engines.py)
             _read_on(wrapped, tokens.rows, tokens.prompt, roomy_cache(model.config, room))
-        first = Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        first = Work(0, meter.peak, meter.peak_logits)
         cache = roomy_cache(model.config, room)
         with _autocast(how.dtype):
             _read_on(wrapped, tokens.rows, tokens.prompt + tokens.response - 1, cache)
             meter.restart()  # nobody reads so many at once: it only fills the cache
             _read_on(wrapped, tokens.rows, 1, cache)
-        last = Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        last = Work(0, meter.peak, meter.peak_logits)
         full = meter.live  # casts are gone by now
     found = max(first, last, key=lambda work: work.peak)
-    return Work(full, found.peak, found.logits, found.small)
+    return Work(full, found.peak, found.logits)
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +138,7 @@ def compared(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
         ours, theirs = (logps.vocabulary_logps(wrapped, batch, temperature=1.0, tree=None) for _ in range(2))
         logps.kl(ours, theirs)
         logps.entropy(ours)
-        return Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        return Work(0, meter.peak, meter.peak_logits)
 
 
 @lru_cache(maxsize=256)
@@ -148,7 +146,7 @@ def read(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
     """Return what reading log-probs with a frozen reference takes."""
     with _rehearsal(shape, POLICY, how, trained=False) as (model, meter), meter, torch.no_grad():
         logps.token_logps(_AsTrained(model, how.dtype), tokens.batch(), temperature=1.0, tree=None)
-        return Work(0, meter.peak, meter.peak_logits, meter.peak_small)
+        return Work(0, meter.peak, meter.peak_logits)
 
 
 # -- how ---------------------------------------------------------------------------------------------------------------
@@ -161,7 +159,7 @@ def _trained(shape: ModelShape, kind: str, how: Holding, loss: Callable[[Any], T
             value = loss(model).sum()
         saved = meter.live
         torch.autograd.backward(value)
-        return Work(saved, meter.peak, meter.peak_logits, meter.peak_small)
+        return Work(saved, meter.peak, meter.peak_logits)
 
 
 @contextmanager

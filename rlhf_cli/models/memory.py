@@ -87,7 +87,6 @@ class PhaseMemory:
         logits: numbers over the vocabulary.
         cache: keys and values of sampling.
         gradients: of all trained weights, where they are there in this phase.
-        small: largest sum of small tensors, which leave the C library's heap in pieces; 0 on a GPU.
     """
 
     phase: str
@@ -95,7 +94,6 @@ class PhaseMemory:
     logits: float = 0.0
     cache: float = 0.0
     gradients: float = 0.0
-    small: float = 0.0
 
     @property
     def total(self) -> float:
@@ -122,25 +120,16 @@ class Estimate:
         return sum(role.weights + role.optimiser for role in self.roles)
 
     @property
-    def pieces(self) -> float:
-        """Return what the process keeps of freed memory on the CPU, bytes.
-
-        Measured, resident memory grows by the small tensors of a pass once more (benchmarks/results/real_shape.md):
-        gradients and optimizer come to lie between them, and what is freed around those is not used again.
-        """
-        return max(phase.small for phase in self.phases)
-
-    @property
     def total(self) -> float:
         """Return the stage's peak, bytes."""
-        return self.held + self.largest.total + self.pieces
+        return self.held + self.largest.total
 
 
 def estimate(plan: Plan, policy: ModelShape, reward: ModelShape | None = None) -> Estimate:
     """Return the memory of a stage with real batches of the longest rows; shorter rows take less.
 
-    Not in it: what PyTorch and the libraries take by themselves, and what its allocator on a GPU cannot use for its
-    being in pieces. Rewards and measures adapt their batches to the memory that is left (models/batches.py).
+    Not in it: what PyTorch and the libraries take by themselves, and what an allocator cannot use for its being in
+    pieces. Rewards and measures adapt their batches to the memory that is left (models/batches.py).
 
     Args:
         plan: how the stage is run.
@@ -229,7 +218,7 @@ def _beside(first: Work, second: Work) -> Work:
     """Return what two passes take where the second runs between forward and backward of the first."""
     inside = replace(second, peak=first.saved + second.peak, logits=second.logits)
     larger = max(first, inside, key=lambda work: work.peak)
-    return Work(first.saved + second.saved, larger.peak, larger.logits, first.small + second.small)
+    return Work(first.saved + second.saved, larger.peak, larger.logits)
 
 
 def _training(plan: Plan, work: Work, gradients: float) -> list[PhaseMemory]:
@@ -237,12 +226,11 @@ def _training(plan: Plan, work: Work, gradients: float) -> list[PhaseMemory]:
     name = f"training, {plan.sequences}"
     if plan.accumulates:
         return [_phase(name, plan, work, gradients)]
-    last = Work(0.0, work.peak - work.saved, 0.0, work.small)
+    last = Work(0.0, work.peak - work.saved, 0.0)
     return [_phase(name, plan, work), _phase("gradients", plan, last, gradients)]
 
 
 def _phase(name: str, plan: Plan, work: Work, gradients: float = 0.0) -> PhaseMemory:
     cache = work.saved if name.startswith("generation") else 0.0
     words = f"{name} x {plan.prompt_tokens + plan.completion_tokens} tokens" if "," in name else name
-    small = 0.0 if plan.how.on_gpu else work.small
-    return PhaseMemory(words, max(work.peak - work.logits - cache, 0.0), work.logits, cache, gradients, small)
+    return PhaseMemory(words, max(work.peak - work.logits - cache, 0.0), work.logits, cache, gradients)

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 RUN = 4  # decoder layers that are run: the second stands for all between the first and the last two
 STAND_IN = 1
 APPLIED = 3  # where this one begins, what is left of the stand-in's tensors is there to stay
-HEAP = 32 * 2**20  # bytes; the C library maps larger blocks by themselves (stages/session.py) and gives them back
 
 
 class Meter(TorchDispatchMode):
@@ -26,25 +25,22 @@ class Meter(TorchDispatchMode):
     Args:
         vocab_size: tensors whose rows are this long are logits.
         model: its weights and gradients do not count.
-
-    `small` and `peak_small` are of tensors that lie in the C library's heap on the CPU.
     """
 
     def __init__(self, vocab_size: int, model: nn.Module) -> None:
         super().__init__()
         self.vocab_size, self.live, self.logits, self.peak, self.peak_logits = vocab_size, 0.0, 0.0, 0.0, 0.0
-        self.small, self.peak_small = 0.0, 0.0
-        self.known: dict[int, tuple[float, bool, bool]] = {}  # bytes, whether logits, whether small
+        self.known: dict[int, tuple[float, bool]] = {}  # bytes, whether logits
         for tensor in (*model.parameters(), *model.buffers()):
             for held in (tensor, tensor.grad):
                 if held is not None:
-                    self.known[held.untyped_storage()._cdata] = (0.0, False, False)
+                    self.known[held.untyped_storage()._cdata] = (0.0, False)
         self.factor, self.inside = 1.0, False
         self.made: set[int] = set()  # by the stand-in, in this forward pass
 
     def restart(self) -> None:
         """Forget the peak so far; what is alive stays."""
-        self.peak, self.peak_logits, self.peak_small = self.live, self.logits, self.small
+        self.peak, self.peak_logits = self.live, self.logits
 
     def stand_in(self, layers: Sequence[nn.Module], depth: int) -> None:
         """Count one of `layers`, which are RUN, for all that a model of `depth` layers has more."""
@@ -62,7 +58,6 @@ class Meter(TorchDispatchMode):
         return found
 
     def _look(self) -> None:
-        self.peak_small = max(self.peak_small, self.small)
         if self.live > self.peak:
             self.peak, self.peak_logits = self.live, self.logits
 
@@ -72,19 +67,19 @@ class Meter(TorchDispatchMode):
         if place in self.known:
             return
         size, logits = float(storage.nbytes()), tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
-        self.known[place] = (size, logits, size < HEAP)
-        self._add(size, *self.known[place][1:])
+        self.known[place] = (size, logits)
+        self._add(size, logits)
         if self.inside:
             self.made.add(place)
         weakref.finalize(storage, self._freed, place)
 
     def _freed(self, place: int) -> None:
-        size, logits, small = self.known.pop(place)
+        size, logits = self.known.pop(place)
         self.made.discard(place)
-        self._add(-size, logits, small)
+        self._add(-size, logits)
 
-    def _add(self, size: float, logits: bool, small: bool) -> None:
-        self.live, self.logits, self.small = self.live + size, self.logits + size * logits, self.small + size * small
+    def _add(self, size: float, logits: bool) -> None:
+        self.live, self.logits = self.live + size, self.logits + size * logits
 
     def _begin(self, number: int) -> None:
         if in_backward():  # there, layers are only run again one at a time
@@ -100,9 +95,9 @@ class Meter(TorchDispatchMode):
 
     def _apply(self) -> None:
         for place in self.made:
-            size, *kind = self.known[place]
-            self.known[place] = (size * self.factor, kind[0], kind[1])
-            self._add(size * (self.factor - 1), *kind)
+            size, logits = self.known[place]
+            self.known[place] = (size * self.factor, logits)
+            self._add(size * (self.factor - 1), logits)
         self.made = set()
         self._look()
 

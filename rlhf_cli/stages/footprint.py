@@ -121,8 +121,6 @@ def table(found: Estimate) -> list[str]:
         shown = ", ".join(f"{name} {_gb(value)}" for name, value in parts.items() if value >= SHOWN * phase.total)
         mark = "  <- the largest" if phase is found.largest and len(found.phases) > 1 else ""
         lines.append(f"  {phase.phase:<36}{_gb(phase.total):>6}  ({shown}){mark}")
-    if found.pieces:
-        lines.append(f"  {'freed, but kept in pieces':<36}{_gb(found.pieces):>6}")
     return lines
 
 

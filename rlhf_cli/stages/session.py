@@ -28,6 +28,10 @@ from rlhf_cli.stages.judgements import check_calibration
 from rlhf_cli.store import check_folder, read_json
 from rlhf_cli.trainers.common import resolve_device, share_of_batch
 
+# Bytes. Larger tensors are returned when they are freed. Those of a pretrained model come in sizes that leave the heap
+# in pieces: keeping them saves a seventh of the time for half as much memory again (benchmarks/results/real_shape.md).
+MAPPED, MAPPED_PRETRAINED = 32 * 2**20, 2**20
+
 
 class Session:
     """An open run folder with what commands do to it."""
@@ -75,7 +79,7 @@ def open_run(
     check_folder(Path(cfg.store_dir), "store_dir")
     check_shares(cfg)
     quiet_libraries()
-    keep_freed_memory()
+    keep_freed_memory(MAPPED if cfg.model.path is None else MAPPED_PRETRAINED)
     own = {**own_modules(cfg), **priors.encoders(cfg)}  # may change under the same config
     more = {**(more_identity or {}), **({"own": own} if own else {})}
     run_identity = {"command": command, **identity(cfg), "data": content(cfg.dataset), **more}
@@ -138,8 +142,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed mid-size tensors: returning them costs page faults at every step.
+def keep_freed_memory(mapped: int) -> None:
+    """Let glibc keep freed tensors below `mapped` bytes: returning them costs page faults at every step.
 
     The same as MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_, which must be set before Python starts.
     """
@@ -149,7 +153,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):  # not glibc
         return
     mallopt(trim_threshold, 256 * 2**20)
-    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(mmap_threshold, mapped)
 
 
 def copy_model(source: Path, target: Path) -> None:

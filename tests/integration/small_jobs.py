@@ -98,10 +98,10 @@ def nothing_half_trained(store: Path) -> None:
 
 
 def spoil_scores(store: Path) -> None:
-    """Make every reward model in a store score NaN."""
+    """Make the scores of every reward model in a store overflow; its weights are finite, for others are not opened."""
     from safetensors.torch import load_file, save_file
 
     for path in (store / "rm").glob("*/model/model.safetensors"):
         tensors = load_file(path)
-        tensors["score.weight"].fill_(float("nan"))
+        tensors["score.weight"].fill_(3e38)
         save_file(tensors, path, metadata={"format": "pt"})

@@ -247,3 +247,5 @@ def test_a_hub_dataset_out_of_reach_is_refused_at_once(cache: Path) -> None:
         RunError, match=r"part shp of the mixture: .*SHP is not in the cache.*path=FOLDER in the yaml of"
     ):
         check(dataset("mixture"))
+    with pytest.raises(RunError, match=r"part org/rows of the mixture: .*set FOLDER in dataset\.parts, or run"):
+        check(dataset("mixture", "parts=[org/rows]", "weights=[1]"))

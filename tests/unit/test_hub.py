@@ -182,7 +182,7 @@ def test_what_is_neither_cached_nor_reachable_says_what_to_do(monkeypatch: pytes
     answering(monkeypatch, refuse)
     expected = (
         r"^model.path=org/model is not in the cache \(.*hub\). https://huggingface.co cannot be reached "
-        r"\(Name or service .*\). set model.path=FOLDER, or run `hf download org/model` .*; of a gated .*`hf auth login`.$"
+        r"\(.*\). set model.path=FOLDER, or run `hf download org/model` .*; of a gated .*`hf auth login`.$"
     )
     with pytest.raises(RunError, match=expected):
         local_folder("model.path", "org/model")

@@ -152,17 +152,3 @@ def test_sft_and_reward_model_train_one_model() -> None:
     rm = estimate(replace(FULL, stage="rm"), SHAPE, OTHER)
     assert [role.parameters for role in rm.roles] == [OTHER.sizes(CLASSIFIER).total]
     assert rm.largest.phase == "training, 16 x 9 tokens"
-
-
-def test_on_the_cpu_the_heap_keeps_the_small_tensors_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = estimate(FULL, SHAPE)
-    assert before.pieces == 0
-    for name, small in {"trained_policy": 20.0, "trained_values": 15.0, "generated": 30.0}.items():
-        work = replace(WORKS[name], small=small)
-        monkeypatch.setattr(dry_run, name, lambda shape, how, tokens, work=work: work)
-    found = estimate(FULL, SHAPE)
-    assert found.pieces == 20.0 + 15.0  # policy and critic train together; sampling is another time
-    assert found.total == before.total + 35.0
-    assert estimate(replace(FULL, critic=False), SHAPE).pieces == 30.0
-    on_gpu = replace(FULL, how=replace(FULL.how, on_gpu=True))
-    assert (estimate(on_gpu, SHAPE).pieces, estimate(on_gpu, SHAPE).total) == (0.0, before.total)

@@ -82,19 +82,6 @@ def test_the_meter_counts_tensors_as_long_as_they_live() -> None:
     assert found.peak == 120.0
 
 
-def test_the_meter_tells_small_tensors_from_those_that_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "HEAP", 100)
-    model = nn.Linear(1, 1)
-    with Meter(vocab_size=5, model=model) as found:
-        large, small = torch.zeros(25), torch.zeros(24)  # 100 and 96 bytes
-        assert (found.live, found.small) == (196.0, 96.0)
-        del small
-        other = torch.zeros(2)
-        assert (found.small, found.peak_small) == (8.0, 96.0)
-        del large, other
-    assert (found.live, found.small, found.peak) == (0.0, 0.0, 196.0)
-
-
 AGAIN = Holding(torch.float32, checkpointing=True)
 Reading = Callable[..., Work]
 

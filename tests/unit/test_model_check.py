@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,11 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(model: Path) ->
     (model / "config.json").write_text(json.dumps(settings | {"vocab_size": 9}))
     with pytest.raises(RunError, match=rf"the tokenizer in model.path={model} has \d+ tokens, the model's embedding 9"):
         check_model("model.path", str(model))
+    (model / "tokenizer.json").unlink()
+    for words, beyond in (({"a": 8}, False), ({"a": 9}, True)):
+        (model / "vocab.json").write_text(json.dumps(words))
+        with pytest.raises(RunError, match="has 10 tokens") if beyond else nullcontext():
+            check_model("model.path", str(model))
 
 
 def test_it_is_checked_without_torch(model: Path) -> None:
