@@ -139,7 +139,11 @@ def test_equal_rows_are_left_out_and_counted(align: Callable[..., Result]) -> No
         (["algo=pm", "trainer.online.batch_size=96"], "15 prompts are too few for one batch of 24"),
         (["algo=dpo", "trainer.pairwise.batch_size=96"], "15 preference pairs are too few for one batch of 96"),
         (
-            ["algo=dpo", "trainer.rm.batch_size=96", "trainer.rm.micro_batch_size=32", "trainer.pairwise.batch_size=96"],
+            [
+                "algo=dpo",
+                *(f"trainer.{stage}.batch_size=96" for stage in ("rm", "pairwise")),
+                "trainer.rm.micro_batch_size=32",
+            ],
             "reward judgements are too few for one batch of 96; 15 preference pairs",
         ),
     ],
