@@ -250,7 +250,7 @@ def test_a_base_that_the_reward_model_cannot_start_from_is_refused_before_anythi
     else:
         line = r"can start from the model in .*bad. transformers has no sequence classifier of the family xglm"
         shutil.copytree(foreign, folder)
-        XGLMConfig(vocab_size=5000, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2).save_pretrained(folder)
+        XGLMConfig(vocab_size=99_999, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2).save_pretrained(folder)
     for command in ("align", "train-rm"):
         with pytest.raises(RunError, match=line):
             small(command, f"model.reward_path='{folder}'", store=tmp_path / "empty", name=command)
