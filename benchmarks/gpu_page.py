@@ -144,7 +144,8 @@ def _memory(one: Measured, row: Row) -> str:
     assert row.estimated is not None
     told, took = row.estimated, row.peak
     cells = [one.variant, f"`{one.engine}`", row.phase, f"{told / GB:.2f}", f"{took / GB:.2f}"]
-    return f"| {' | '.join([*cells, f'{told / took - 1:+.0%}'])} |"
+    off = f"{told / took - 1:+.0%}" if took else "–"  # it fitted into memory that the process already had
+    return f"| {' | '.join([*cells, off])} |"
 
 
 def _why(row: Row, one: Measured) -> str:

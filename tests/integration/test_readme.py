@@ -85,6 +85,13 @@ def filled_in(args: list[str], folder: Path) -> list[str]:
     return [placeholder.sub(lambda match: str(folder / match[1]), arg) for arg in args]
 
 
+def ends(arg: str) -> str:
+    """Return a sweep over several values as one over the first and the last: each is composed in a second."""
+    key, _, values = arg.partition("=")
+    several = values.split(",")
+    return arg if "[" in arg or len(several) < 3 else f"{key}={several[0]},{several[-1]}"
+
+
 def test_blocks_hold_nothing_but_these_commands() -> None:
     lines = commands()
     assert len(lines) >= 5
@@ -102,6 +109,7 @@ def test_an_rlhf_command_composes(line: str, rlhf: Callable[..., Result], tmp_pa
             own = [item for item in grid if not compose.is_hydra(item.key_or_group)]
             compose.load(command, [sweeps.extreme(item, position) for item in own])
     elif command in CONFIGURED:
+        args = [ends(arg) for arg in args] if "-m" in args else args
         result = rlhf(command, *(arg for arg in args if arg not in {"--cfg", "job"}), "--cfg", "job")
         assert result.exit_code == 0, result.output
         jobs = math.prod(1 + arg.count(",") for arg in args)

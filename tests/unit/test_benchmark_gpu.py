@@ -180,7 +180,10 @@ def test_only_whole_lines_of_a_log_are_read(tmp_path: Path) -> None:
 
 
 def test_memory_is_that_of_the_processes_below_too() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    ready = "print(flush=True); input()"  # only then it is Python, and no copy of this process
+    with subprocess.Popen([sys.executable, "-c", ready], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
         assert child.pid in growth.family(os.getpid())
         assert growth.peak(child.pid) > 1e5
         child.communicate(b"\n")
