@@ -63,6 +63,12 @@ streaming: setup ## Measure loading and streaming of up to 200,000 rows
 real-shape: setup ## Train a model of opt-125m's shape on the CPU, memory beside the estimate: DATA=FILE of dialogues
 	$(BIN)/python benchmarks/real_shape.py --data $(DATA)
 
+gpu: setup ## Speed, arithmetic and memory of each phase of an update; on a GPU
+	$(BIN)/python benchmarks/gpu.py
+
+growth: setup ## Compare one process with two, on the CPU
+	$(BIN)/python benchmarks/growth.py ranks
+
 reward-models: setup ## Measure PCRM, length calibration and WARM, three worlds each (long)
 	$(BIN)/python benchmarks/reward_models.py pcrm
 	$(BIN)/python benchmarks/reward_models.py calibration

@@ -65,21 +65,24 @@ def test_what_a_part_takes_does_not_count_for_the_part_around_it(monkeypatch: py
     outer_peak, inner_peak = parts.found["outer"]["peak"], parts.found["inner"]["peak"]
     assert 0.9 * 320e6 < inner_peak - resident.resident() < 1.3 * 320e6
     assert outer_peak < inner_peak + 1e6
-    assert set(parts.found["inner"]) == {"seconds", "peak"}
+    assert set(parts.found["inner"]) == {"seconds", "processor", "peak"}
 
 
 def test_the_difference_is_beside_what_the_process_held_before() -> None:
-    found = real_shape.Measured(60.0, 0.5e9, {"align": {"seconds": 50.0, "peak": 4.5e9}}, {"online": 5e9})
+    found = real_shape.Measured(60.0, 110.0, 0.5e9, {"align": {"seconds": 50.0, "peak": 4.5e9}}, {"online": 5e9})
     row = real_shape.compared_row("align", ["algo=pm", "peft=lora"], "online", found)
     assert row == "| `rlhf align algo=pm peft=lora` | 5.00 | 4.00 | +25% |"
 
 
 def test_the_table_of_a_whole_command() -> None:
-    parts = {"sft": {"seconds": 10.4, "peak": 3e9}, "align": {"seconds": 50.0, "peak": 4.5e9}}
-    rows = real_shape.run_rows(real_shape.Measured(70.0, 0.5e9, parts, {}))
+    parts = {
+        "sft": {"seconds": 10.4, "processor": 19.0, "peak": 3e9},
+        "align": {"seconds": 50.0, "processor": 90.0, "peak": 4.5e9},
+    }
+    rows = real_shape.run_rows(real_shape.Measured(70.0, 125.0, 0.5e9, parts, {}))
     assert rows[2:] == [
-        "| before weights are read | | 0.50 |",
-        "| SFT | 10 | 3.00 |",
-        "| preference matching | 50 | 4.50 |",
-        "| **whole command** | **70** | **4.50** |",
+        "| before weights are read | | | 0.50 |",
+        "| SFT | 10 | 19 | 3.00 |",
+        "| preference matching | 50 | 90 | 4.50 |",
+        "| **whole command** | **70** | **125** | **4.50** |",
     ]
