@@ -1,4 +1,4 @@
-"""Runs an `rlhf` command in this process and says what its parts took: seconds, seconds of the processor, largest resident memory.
+"""Runs an `rlhf` command in this process and says what its parts took: seconds, and largest resident memory.
 
     python benchmarks/resident.py REPORT.json COMMAND [OVERRIDES]
 
@@ -19,7 +19,7 @@ RESET_PEAK = "5"  # man 5 proc, /proc/pid/clear_refs
 
 
 class Parts:
-    """Seconds and largest resident memory of parts of a run, which may lie in one another; bytes."""
+    """Seconds, by the clock and of the processor, and largest resident memory of parts of a run, which may lie in one another; bytes."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, float]] = {}
