@@ -19,7 +19,7 @@ RESET_PEAK = "5"  # man 5 proc, /proc/pid/clear_refs
 
 
 class Parts:
-    """Seconds, by the clock and of the processor, and largest resident memory of parts of a run, which may lie in one another; bytes."""
+    """Seconds and largest resident memory (bytes) of parts of a run, which may lie in one another."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, float]] = {}
