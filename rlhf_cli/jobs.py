@@ -40,7 +40,7 @@ def run_one(command: str, overrides: list[str], config_dir: Path | None) -> Path
     """Run one stage from its overrides and return its run folder, or None where a cluster runs it later."""
     overrides, config_dir = compose.with_base(command, overrides, config_dir)
     cfg = compose.load(command, overrides, config_dir)
-    if launch.is_elsewhere(command, cfg) and launch.is_submitted(cfg):
+    if launch.is_elsewhere(cfg) and launch.is_submitted(cfg):
         _check_inputs(cfg)
         typer.echo(launch.submit(command, cfg, overrides, config_dir))
         return None
@@ -53,7 +53,7 @@ def run_stage(command: str, cfg: CommandConfig, overrides: list[str], config_dir
     if not ranks.launched():
         _announce(command, cfg)
         _check_inputs(cfg)
-        if launch.is_elsewhere(command, cfg):
+        if launch.is_elsewhere(cfg):
             return launch.start(command, cfg, overrides, config_dir)
     stage = imported(command.replace("-", "_"))
     own = None if config_dir is None else str(config_dir.resolve())

@@ -20,8 +20,10 @@ ENDED = "ended, because another rank failed or the job was stopped"
 def main() -> None:
     """Run the job whose folder is the only argument."""
     scratch = Path(sys.argv[1])
+    os.environ[ranks.SCRATCH] = str(scratch)
     _end_with_parent()
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, _interrupted)
     if not ranks.is_main():
         _print_into(scratch / f"rank-{ranks.rank()}.log")
     try:
@@ -60,7 +62,19 @@ def _end_with_parent() -> None:
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
+    _ignore_more()
     raise SystemExit(ENDED)
+
+
+def _interrupted(number: int, frame: Any) -> NoReturn:
+    _ignore_more()
+    raise KeyboardInterrupt
+
+
+def _ignore_more() -> None:
+    """Let nothing but a kill disturb the end: it writes how far the run came."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _print_into(file: Path) -> None:

@@ -9,7 +9,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,13 @@ from typing import Any, TypeVar
 from rlhf_cli.errors import ConfigError, RunError
 
 Value = TypeVar("Value")
+Part = TypeVar("Part")
 
 LAUNCHED = "RLHF_LAUNCHED"  # set in every process that `launch=` started
 STRATEGY = "RLHF_STRATEGY"  # there, what launch.strategy asks for
+SCRATCH = "RLHF_SCRATCH"  # there, a folder that the process which started it removes, however the rank ends
+PRIVATE = "rlhf-rank"  # how the names of `private` folders begin
+SHARDING = ("fsdp2", "zero3")  # strategies under which no process holds a whole model
 # One rank may wait for a lock that another job holds; ranks that die are ended by the launcher, not by this.
 PATIENCE = timedelta(days=7)
 # Between tensors of two ranks there is no such wait.
@@ -27,6 +32,7 @@ TIMEOUT = timedelta(hours=2)
 
 _group: Any = None  # for small values, over gloo: it takes any object and needs no GPU
 _private: dict[Path, Path] = {}  # a folder of this rank alone: the one that it stands for
+_alone = False  # whether this process does its own part of something that was dealt out
 
 
 def launched() -> bool:
@@ -50,7 +56,7 @@ def refuse_others() -> None:
 
 def rank() -> int:
     """Return the number of this process among all, 0 being the one that writes."""
-    return int(os.environ.get("RANK", "0")) if launched() else 0
+    return int(os.environ.get("RANK", "0")) if launched() and not _alone else 0
 
 
 def local_rank() -> int:
@@ -60,7 +66,7 @@ def local_rank() -> int:
 
 def world() -> int:
     """Return how many processes there are, on all machines."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched() and not _alone else 1
 
 
 def is_main() -> bool:
@@ -138,6 +144,38 @@ def main_first(function: Callable[[], Value]) -> Value:
     return value if is_main() else function()  # type: ignore[return-value]
 
 
+def dealt(parts: Sequence[Part], compute: Callable[[Part], Value]) -> Iterator[Value]:
+    """Yield what `compute` returns for each part, in order, on every rank; each part is computed by one of them.
+
+    All ranks take from it together. Where models are split over the ranks, a forward needs all of them, and each
+    computes every part.
+
+    Args:
+        parts: the same on every rank.
+        compute: may call what ranks else do together: within it, this process is the only one.
+    """
+    if world() == 1 or strategy() in SHARDING:
+        yield from map(compute, parts)
+        return
+    for first in range(0, len(parts), world()):
+        turn = parts[first : first + world()]
+        mine = rank()
+        with _by_itself():
+            value = compute(turn[mine]) if mine < len(turn) else None
+        yield from gather(value)[: len(turn)]  # type: ignore[misc]
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Within it, this process is rank 0 of one."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def private(folder: Path) -> Path:
     """Return where this rank writes what belongs into `folder`: rank 0 there, each other into one that vanishes.
 
@@ -145,7 +183,7 @@ def private(folder: Path) -> Path:
     """
     if is_main():
         return folder
-    made = Path(tempfile.mkdtemp(prefix=f"rlhf-rank{rank()}-"))
+    made = Path(tempfile.mkdtemp(prefix=f"{PRIVATE}{rank()}-", dir=os.environ.get(SCRATCH)))
     if not _private:
         atexit.register(drop_private)
     _private[made] = folder.absolute()

@@ -14,24 +14,26 @@ from rlhf_cli.config.schema import CommandConfig
 from rlhf_cli.errors import ConfigError
 
 
-def is_elsewhere(command: str, cfg: CommandConfig) -> bool:
+def is_elsewhere(cfg: CommandConfig) -> bool:
     """Return whether the job is for other processes than this one.
 
     Raises:
-        ConfigError: a measurement for several processes; or something else than rlhf has started this one as a rank.
+        ConfigError: something else than rlhf has started this one as a rank.
     """
     if ranks.launched():
         return False
     ranks.refuse_others()
-    how = cfg.launch
-    several = isinstance(how, AccelerateConfig) or getattr(how, "processes", 1) * getattr(how, "machines", 1) > 1
-    if command == "evaluate" and several:
-        raise ConfigError(
-            f"launch={how.name} with several processes does not go with evaluate",
-            "A policy is measured in one process",
-            "Leave launch out" if isinstance(how, AccelerateConfig) else "Use launch.processes=1 launch.machines=1",
-        )
-    return how.name != "local"
+    return cfg.launch.name != "local"
+
+
+def refuse_elsewhere(command: str, cfg: CommandConfig) -> None:
+    """Refuse other processes for a command that does its work in this one.
+
+    Raises:
+        ConfigError: launch is not local.
+    """
+    if cfg.launch.name != "local":
+        raise ConfigError(f"launch={cfg.launch.name} does not go with {command}", "It is one process", "Leave it out")
 
 
 def is_submitted(cfg: CommandConfig) -> bool:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -43,25 +44,50 @@ def run(job: dict[str, Any], launch: AccelerateConfig, device: str) -> Path:
         RankError: a rank failed otherwise.
     """
     on_cpu, count = placed(launch, device)
-    scratch = Path(tempfile.mkdtemp(prefix="rlhf-ranks-"))
-    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    address = launch.main_address or LOCALHOST
-    port = launch.main_port or (MAIN_PORT if launch.machines > 1 else free_port())
-    first, world = count * launch.machine_rank, count * launch.machines
-    others = f"; output of the others: {scratch}" if count > 1 or first else ""
-    typer.echo(f"{world} processes ({launch.strategy}, {'CPU' if on_cpu else 'GPU'}){others}", err=True)
-    try:
+    with _scratch() as scratch:
+        (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        address = launch.main_address or LOCALHOST
+        port = launch.main_port or (MAIN_PORT if launch.machines > 1 else free_port())
+        first, world = count * launch.machine_rank, count * launch.machines
+        others = f"; output of the others: {scratch}" if count > 1 or first else ""
+        typer.echo(f"{world} processes ({launch.strategy}, {'CPU' if on_cpu else 'GPU'}){others}", err=True)
         with environment(launch, count, port, on_cpu=on_cpu):
             failed = _keep(launch, count, f"{address}:{port}", scratch)
-        outcome = failures.settle(scratch, failed, machines=launch.machines)
-    except failures.RankError:
-        raise  # and leave what the ranks printed
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    folder = Path(outcome)
-    keep_output(scratch, folder)
+        folder = Path(failures.settle(scratch, failed, machines=launch.machines))
+        keep_output(scratch, folder)
     return folder
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Provide the folder where ranks find their job, have folders of their own and leave what they say.
+
+    It is gone however this process ends, but where a rank has failed, what the ranks printed stays.
+    """
+    with _own_signals():
+        _end_on_signals()
+        folder = Path(tempfile.mkdtemp(prefix="rlhf-ranks-"))
+        try:
+            yield folder
+        except failures.RankError:
+            for left in folder.glob(f"{ranks.PRIVATE}*"):  # of a rank that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_on_signals() -> None:
+    """Let signals that end this process raise, as Ctrl-C does: what it has made is then removed."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
 
 
 def placed(launch: AccelerateConfig, device: str) -> tuple[bool, int]:
@@ -220,10 +246,9 @@ def _own_signals() -> Iterator[None]:
 
 
 def keep_output(scratch: Path, folder: Path) -> None:
-    """Move what the other ranks printed into the run folder's ranks/, and remove the scratch folder."""
+    """Move what the other ranks printed into the run folder's ranks/."""
     said = [file for file in scratch.glob("rank-*.log") if file.stat().st_size]
     if said and folder.is_dir():
         (folder / "ranks").mkdir(exist_ok=True)
         for file in said:
             shutil.move(file, folder / "ranks" / file.name)
-    shutil.rmtree(scratch, ignore_errors=True)

@@ -92,15 +92,19 @@ class Memo:
 
 
 def _computed(pieces: list[list[int]], compute: Compute, folder: Path | None, label: str) -> Iterator[list[Row]]:
-    """Yield the rows of each piece; the bar counts rows, those kept included, and shows where it is worth while."""
+    """Yield the rows of each piece, computed by one of the ranks.
+
+    The bar counts rows, those kept included, and shows where it is worth while.
+    """
     paths = [None if folder is None else folder / f"{number:05d}.npz" for number in range(len(pieces))]
-    # What rank 0 has: all ranks must compute the same pieces, or one would wait in a sharded model for the others.
+    # What rank 0 has: all ranks must ask for the same pieces.
     kept = ranks.on_main(lambda: [_load(path, indices) for path, indices in zip(paths, pieces, strict=True)])
     done = sum(len(rows) for rows in kept if rows is not None)
+    fresh = ranks.dealt([piece for piece, rows in zip(pieces, kept, strict=True) if rows is None], compute)
     total, quiet = sum(map(len, pieces)), kept.count(None) < 2 or not ranks.is_main()
     with tqdm(total=total, initial=done, unit=f" {label}", mininterval=1, leave=False, delay=1, disable=quiet) as bar:
         for path, indices, known in zip(paths, pieces, kept, strict=True):
-            rows = compute(indices) if known is None else known
+            rows = next(fresh) if known is None else known
             if known is None:
                 if len(rows) != len(indices):
                     raise ValueError(f"{len(rows)} rows were computed for {len(indices)} indices.")

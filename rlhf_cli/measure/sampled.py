@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli import ranks
 from rlhf_cli.algos.base import Algorithm, masked_sum
 from rlhf_cli.config.schema import AlgoConfig
 from rlhf_cli.measure.memo import Memo, Row, token_hash
@@ -40,22 +42,24 @@ def draw(policy: Any, prompts: Ids, how: Sampling, seed: int, rows: Sequence[int
         seed: with a row's number it decides what is drawn for it.
         rows: number of each prompt among all; None counts them.
     """
-    responses: list[list[int]] = []
     streams = row_streams(seed, rows=range(len(prompts)) if rows is None else rows)
+
+    def drawn(batch: slice) -> list[list[int]]:
+        return sample(
+            policy,
+            prompts[batch],
+            streams=streams[batch],
+            max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature * how.sample_temperature,
+            top_p=how.top_p,
+            eos_ids=how.eos_ids,
+            pad_id=how.pad_id,
+            tree=how.tree,
+        )
+
+    batches = [slice(start, start + how.micro_batch) for start in range(0, len(prompts), how.micro_batch)]
     with evaluating(policy):
-        for start in range(0, len(prompts), how.micro_batch):
-            responses += sample(
-                policy,
-                prompts[start : start + how.micro_batch],
-                streams=streams[start : start + how.micro_batch],
-                max_new_tokens=how.max_new_tokens,
-                temperature=how.temperature * how.sample_temperature,
-                top_p=how.top_p,
-                eos_ids=how.eos_ids,
-                pad_id=how.pad_id,
-                tree=how.tree,
-            )
-    return responses
+        return list(chain.from_iterable(ranks.dealt(batches, drawn)))
 
 
 @contextmanager
@@ -259,8 +263,13 @@ def _in_batches(
 
     order = _longest_first(prompts, responses)
     width = max(map(len, prompts)) + max(map(len, responses))
-    found = in_batches(order, batch, min(how.micro_batch, rows_that_fit(width, vocab_size, how.device)))
-    rows = dict(zip(order, found, strict=True))
+    fitting = min(ranks.gather(rows_that_fit(width, vocab_size, how.device)))  # all ranks make the same batches
+    size = min(how.micro_batch, fitting)
+    shares: list[list[int]] = [[] for _ in range(ranks.world())]
+    for number, start in enumerate(range(0, len(order), size)):
+        shares[number % len(shares)] += order[start : start + size]
+    found = ranks.dealt(shares, lambda share: in_batches(share, batch, size))
+    rows = dict(zip(chain.from_iterable(shares), chain.from_iterable(found), strict=True))
     return [rows[i] for i in range(len(order))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypedDict
 
 import torch
@@ -60,9 +61,9 @@ def frozen_token_logps(
     """Return `token_logps` without gradient, read in pieces of `micro_batch` sequences, 0 under the padding, (B, T)."""
     was_training = model.training
     model.eval()
-    pieces = [token_logps(model, piece, temperature=temperature, tree=tree) for piece in batch.slices(micro_batch)]
+    found = batch.read(partial(token_logps, model, temperature=temperature, tree=tree), micro_batch)
     model.train(was_training)
-    return torch.cat(pieces).masked_fill(~batch.response_mask, 0.0)
+    return found.masked_fill(~batch.response_mask, 0.0)
 
 
 def entropy(logps: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -178,7 +179,7 @@ class ModelReward:
         size = self.micro_batch or rows_at_once(self.model, batch.input_ids.shape[1])
         if is_sharded(self.model):  # each forward is that of all ranks, and their sequences differ in length
             size = min(ranks.gather(size))
-        scores = torch.cat([sequence_scores(self.model, piece) for piece in batch.slices(size)])
+        scores = batch.read(partial(sequence_scores, self.model), size)
         rewards = require_finite(scores - self.centre)
         if self.calibration is None:
             return rewards

@@ -16,8 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_cli import ranks
 
-SHARDING = ("fsdp2", "zero3")  # launch strategies under which no process holds a whole model
-
 
 def shard(model: Any) -> Any:
     """Return `model`, each of its weights split over all ranks; a forward gathers one decoder layer at a time.
@@ -45,7 +43,7 @@ def shard(model: Any) -> Any:
 
 def shard_if_asked(model: Any) -> Any:
     """Return `model`, sharded where launch.strategy splits models."""
-    return shard(model) if ranks.world() > 1 and ranks.strategy() in SHARDING else model
+    return shard(model) if ranks.world() > 1 and ranks.strategy() in ranks.SHARDING else model
 
 
 def is_sharded(model: nn.Module) -> bool:

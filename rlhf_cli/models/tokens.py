@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,42 @@ class TokenBatch:
         """Position of each token, counted from the first real one, (B, P + T); not every model skips left padding."""
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def slices(self, size: int | None) -> list[TokenBatch]:
-        """Return the batch in pieces of at most `size` sequences (None: one piece)."""
-        size = size or len(self.input_ids)
-        pieces = zip(*(getattr(self, name).split(size) for name in self.__dataclass_fields__), strict=True)
-        return [TokenBatch(*piece) for piece in pieces]
+    def of(self, rows: Tensor) -> TokenBatch:
+        """Return the sequences at `rows`, (B',), without columns that are padding in all of them."""
+        prompt = self.input_ids.shape[1] - self.response_ids.shape[1]
+        mask = self.response_mask[rows]
+        tokens = max(1, int(mask.sum(-1).max()))
+        lead = prompt - int((self.attention_mask[rows, :prompt]).sum(-1).max())
+        ids, seen = (field[rows, lead : prompt + tokens] for field in (self.input_ids, self.attention_mask))
+        return TokenBatch(ids, seen, self.response_ids[rows, :tokens], mask[:, :tokens])
+
+    def by_length(self, size: int | None) -> list[tuple[Tensor, TokenBatch]]:
+        """Return the batch in pieces of at most `size` sequences (None: one piece), the longest first.
+
+        Returns:
+            (rows, piece): where the sequences stand in the batch, and they, padded no further than to their longest.
+        """
+        order = self.attention_mask.sum(-1).argsort(dim=0, descending=True, stable=True)
+        return [(rows, self.of(rows)) for rows in order.split(size or len(order))]
+
+    def read(self, reader: Callable[[TokenBatch], Tensor], size: int | None) -> Tensor:
+        """Return what `reader` says of the sequences, in their order; it sees at most `size` of like length at a time.
+
+        Args:
+            reader: returns (b, ...) of b sequences; if that has more than one dimension, the last is their response
+                tokens', and is widened to T by zeros.
+            size: sequences at a time; None: all.
+        """
+        width = self.response_ids.shape[1]
+        pieces = self.by_length(size)
+        found = [reader(piece) for _, piece in pieces]
+        values = torch.cat([part if part.ndim == 1 else widened(part, width) for part in found])
+        return values[torch.cat([rows for rows, _ in pieces]).argsort()]
+
+
+def widened(values: Tensor, width: int) -> Tensor:
+    """Return `values`, (..., t), with zeros behind, (..., width)."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _save_calibration(data: Judgements, model: Any, folder: Path) -> None:
 @torch.no_grad()
 def _scores(model: Any, rows: Sequence[Any], side: str, pad_id: int) -> torch.Tensor:
     batch = collate([row["prompt_ids"] for row in rows], [row[side] for row in rows], pad_id, model.device)
-    return require_finite(torch.cat([sequence_scores(model, piece) for piece in batch.slices(256)]))
+    return require_finite(batch.read(partial(sequence_scores, model), 256))
 
 
 def _held_out(model: Any, rows: Sequence[Any], pad_id: int) -> dict[str, float]:

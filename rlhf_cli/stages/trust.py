@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import CosinePrior, TrainedRewardConfig, TrainRmConfig
 from rlhf_cli.data.encode import PairTokens, encode_prompt, encode_response
 from rlhf_cli.measure.sampled import Sampling, draw
@@ -129,11 +130,9 @@ def _rewards(reward: Reward, pairs: Sequence[Any], side: str) -> np.ndarray:
 
 
 def _scored(reward: Reward, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-    pieces: list[Tensor] = [
-        reward(prompts[start : start + BATCH], responses[start : start + BATCH])
-        for start in range(0, len(prompts), BATCH)
-    ]
-    return torch.cat(pieces).double().cpu().numpy()
+    batches = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+    pieces: Iterator[Tensor] = ranks.dealt(batches, lambda batch: reward(prompts[batch], responses[batch]).cpu())
+    return torch.cat(list(pieces)).double().numpy()
 
 
 def _gold(data: Judgements, reward: Reward) -> Gold | None:

@@ -35,11 +35,10 @@ from rlhf_cli.trainers.common import (
 )
 from rlhf_cli.trainers.critic import CriticTraining
 from rlhf_cli.trainers.parts import OnlineParts
-from rlhf_cli.trainers.rollouts import Rollouts, dealt
+from rlhf_cli.trainers.rollouts import SEQUENCE_FIELDS, Rollouts, dealt
 from rlhf_cli.trainers.schedule import prompt_schedule, updates
 
 CRITIC_FILE = "critic.pt"
-ROLLOUT_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")
 
 
 class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
@@ -89,7 +88,7 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
         ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in whole.responses], device=scores.device)
         if self.parts.algo.missing_eos_penalty is not None:
             scores = scores - self.parts.algo.missing_eos_penalty * ~ended
-        rollout = {name: getattr(batch, name) for name in ROLLOUT_FIELDS}
+        rollout = {name: getattr(batch, name) for name in SEQUENCE_FIELDS}
         rollout["old_logps"] = whole.columns["logps"]
         rollout |= self._advantages(whole.columns, batch.response_mask, scores)
         if whole.engine_logps is not None:
@@ -104,27 +103,25 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
     @torch.no_grad()
     def _read(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Return what the models say of sampled tokens, (B, T) each: log-probs, exact KL and entropy, state values."""
+        with engines.cast_once(self):
+            found = batch.read(self._read_piece, self.args.per_device_train_batch_size)
+        names = ("logps", "ref_logps", "kl", "entropy") + (("values",) if self.critic is not None else ())
+        return dict(zip(names, found.unbind(1), strict=True))
+
+    def _read_piece(self, piece: TokenBatch) -> Tensor:
+        """Return what `_read` names, (b, names, t)."""
         how: logps.Reading = {"temperature": self.parts.generation.temperature, "tree": self.parts.tree}
-        found: dict[str, list[Tensor]] = {name: [] for name in ("logps", "ref_logps", "kl", "entropy", "values")}
-        for piece in batch.slices(self.args.per_device_train_batch_size):
-            policy = logps.vocabulary_logps(self.model, piece, **how)
-            reference = logps.vocabulary_logps(self.reference, piece, **how)
-            found["logps"].append(logps.gather_logps(policy, piece.response_ids))
-            found["ref_logps"].append(logps.gather_logps(reference, piece.response_ids))
-            found["kl"].append(logps.kl(policy, reference))
-            found["entropy"].append(logps.entropy(policy))
-            if self.critic is not None:
-                found["values"].append(self.critic(piece))
-        return {name: torch.cat(pieces) for name, pieces in found.items() if pieces}
+        policy = logps.vocabulary_logps(self.model, piece, **how)
+        reference = logps.vocabulary_logps(self.reference, piece, **how)
+        found = [logps.gather_logps(each, piece.response_ids) for each in (policy, reference)]
+        found += [logps.kl(policy, reference), logps.entropy(policy)]
+        if self.critic is not None:
+            found.append(self.critic(piece))
+        return torch.stack(found, 1)
 
     def _note_read(self, columns: Mapping[str, Tensor], mask: Tensor) -> None:
-        self._note(
-            **{
-                "kl/per_token": ppo.masked_mean(columns["kl"], mask),
-                "kl/sequence": masked_sum(columns["kl"], mask).mean(),
-                "entropy/per_token": ppo.masked_mean(columns["entropy"], mask),
-            }
-        )
+        self._note(**{"kl/sequence": masked_sum(columns["kl"], mask).mean()})
+        self._note(**{f"{name}/per_token": ppo.masked_mean(columns[name], mask) for name in ("kl", "entropy")})
 
     @torch.no_grad()
     def _advantages(self, columns: Mapping[str, Tensor], mask: Tensor, scores: Tensor) -> dict[str, Tensor]:
@@ -180,7 +177,7 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         algo = self.parts.algo
-        batch = TokenBatch(*(inputs[name] for name in ROLLOUT_FIELDS))
+        batch = TokenBatch(*(inputs[name] for name in SEQUENCE_FIELDS))
         mask = batch.response_mask
         new_logps = logps.token_logps(model, batch, temperature=self.parts.generation.temperature, tree=self.parts.tree)
         share = inputs["share"]

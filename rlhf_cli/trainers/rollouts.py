@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rlhf_cli import ranks
-from rlhf_cli.models.tokens import TokenBatch, collate
+from rlhf_cli.models.tokens import TokenBatch, collate, widened
 
+SEQUENCE_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")  # a TokenBatch's
 ORDER_STREAM = 17  # of the order of minibatches, beside the other streams of a seed
 
 
@@ -48,7 +49,7 @@ class Rollouts:
             [ids for part in prompts for ids in part],
             [ids for part in responses for ids in part],
             torch.cat(scores).to(device),
-            {name: torch.cat([_widened(part[name], width) for part in found]).to(device) for name in columns},
+            {name: torch.cat([widened(part[name], width) for part in found]).to(device) for name in columns},
             None if self.engine_logps is None else [row for part in engine for row in part],
         )
 
@@ -57,19 +58,16 @@ class Rollouts:
         return collate(self.prompts, self.responses, pad_id, self.scores.device)
 
 
-def _widened(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))
-
-
 def dealt(
     rollouts: Mapping[str, Tensor], *, key: Sequence[int], size: int, count: int, per_step: int
 ) -> list[dict[str, Tensor]]:
-    """Return this rank's micro-batches of one pass over the rollouts of all ranks, in a random order.
+    """Return this rank's micro-batches of one pass over the rollouts of all ranks.
 
-    An optimizer step has the same rollouts for any number of ranks and size of micro-batch.
+    Chance says which rollouts an optimizer step has: the same for any number of ranks and size of micro-batch. Within
+    it those of like length go together, the longest first, without columns that are padding in all of them.
 
     Args:
-        rollouts: of all ranks, (B, ...) each, with `response_mask`.
+        rollouts: of all ranks: the fields of a TokenBatch, and others of its response tokens, (B, T) each.
         key: decides the order: seed, update, pass; each >= 0.
         size: rollouts of a micro-batch.
         count: micro-batches of a pass, on each rank; size * count * ranks is B.
@@ -87,11 +85,24 @@ def dealt(
         raise ValueError(f"{total} rollouts are no {count} micro-batches of {size} on {world} ranks.")
     stream = np.random.SeedSequence([ORDER_STREAM, *key]).generate_state(1)[0]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(int(stream)))
+    order = _longest_first(order.view(count // per_step, -1), rollouts["attention_mask"].sum(-1).cpu())
     tokens = rollouts["response_mask"].sum(-1).cpu()[order].view(count // per_step, per_step, world, size).sum(-1)
     shares = tokens / tokens.double().mean((1, 2), keepdim=True)
     mine = order.view(count, world, size)[:, ranks.rank()]
     device = rollouts["response_mask"].device
     return [
-        {**{name: values[rows.to(device)] for name, values in rollouts.items()}, "share": share.to(device)}
+        {**_taken(rollouts, rows.to(device)), "share": share.to(device)}
         for rows, share in zip(mine, shares.view(count, world)[:, ranks.rank()].float(), strict=True)
     ]
+
+
+def _longest_first(steps: Tensor, lengths: Tensor) -> Tensor:
+    """Return the rows of each optimizer step, (steps, rows), by length."""
+    return steps.gather(1, lengths[steps].argsort(dim=1, descending=True, stable=True))
+
+
+def _taken(rollouts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    batch = TokenBatch(*(rollouts[name] for name in SEQUENCE_FIELDS)).of(rows)
+    sequences = {name: getattr(batch, name) for name in SEQUENCE_FIELDS}
+    tokens = batch.response_ids.shape[1]
+    return sequences | {name: rollouts[name][rows, :tokens] for name in rollouts if name not in SEQUENCE_FIELDS}

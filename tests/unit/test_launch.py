@@ -219,7 +219,7 @@ def test_ranks_of_another_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) 
     for name, value in {"LOCAL_RANK": "1", "WORLD_SIZE": "4", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="one of 4 processes that rlhf has not started"):
-        launching.is_elsewhere("train-sft", compose.load("train-sft", []))
+        launching.is_elsewhere(compose.load("train-sft", []))
 
 
 # -- what accelerate is told ------------------------------------------------------------------------------------------

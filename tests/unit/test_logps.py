@@ -141,12 +141,27 @@ def test_a_padding_token_inside_a_sequence_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (9, [3])])
-def test_slices_put_together_are_the_batch(size: int | None, expected: list[int]) -> None:
-    pieces = BATCH.slices(size)
-    assert [len(piece.input_ids) for piece in pieces] == expected
-    for name in TokenBatch.__dataclass_fields__:
-        joined: Tensor = torch.cat([getattr(piece, name) for piece in pieces])
-        assert torch.equal(joined, getattr(BATCH, name))
+def test_pieces_by_length_hold_every_sequence_without_needless_padding(size: int | None, expected: list[int]) -> None:
+    pieces = BATCH.by_length(size)
+    assert [len(piece.input_ids) for _, piece in pieces] == expected
+    lengths = [int(length) for _, piece in pieces for length in piece.attention_mask.sum(-1)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(torch.cat([rows for rows, _ in pieces]).tolist()) == [0, 1, 2]
+    for rows, piece in pieces:
+        assert bool(piece.response_mask[:, -1].any())
+        assert bool(piece.attention_mask[:, 0].any())
+        for row, ids, mask in zip(rows, piece.input_ids, piece.attention_mask, strict=True):
+            assert ids[mask].tolist() == BATCH.input_ids[row][BATCH.attention_mask[row]].tolist()
+        for row, ids, mask in zip(rows, piece.response_ids, piece.response_mask, strict=True):
+            assert ids[mask].tolist() == BATCH.response_ids[row][BATCH.response_mask[row]].tolist()
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_what_is_read_by_length_comes_back_in_the_order_of_the_batch(size: int | None) -> None:
+    expected = BATCH.response_ids.masked_fill(~BATCH.response_mask, 0)
+    found = BATCH.read(lambda piece: piece.response_ids.masked_fill(~piece.response_mask, 0), size)
+    assert torch.equal(found, expected)
+    assert torch.equal(BATCH.read(lambda piece: piece.attention_mask.sum(-1), size), BATCH.attention_mask.sum(-1))
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [([[BOS]], []), ([], [])])

@@ -26,8 +26,12 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
 
 
 def rollouts() -> dict[str, Tensor]:
-    """Return twelve rollouts by number, of 1 to 8 tokens."""
-    return {"row": torch.arange(12), "response_mask": torch.arange(8) < TOKENS[:, None]}
+    """Return twelve rollouts by number: two tokens of a prompt, and 1 to 8 of a response."""
+    mask = torch.arange(8) < TOKENS[:, None]
+    rows = torch.arange(12)[:, None].expand(-1, 8)
+    seen = torch.cat([torch.tensor([[False, True, True]]).expand(12, -1), mask], 1)
+    ids = torch.cat([torch.zeros(12, 3, dtype=torch.long), rows], 1)
+    return {"row": rows, "input_ids": ids, "attention_mask": seen, "response_ids": rows, "response_mask": mask}
 
 
 def steps(monkeypatch: pytest.MonkeyPatch, world: int, size: int, key: tuple[int, ...] = (0, 0)) -> list[set[int]]:
@@ -38,7 +42,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, world: int, size: int, key: tuple[int
         as_rank(monkeypatch, rank, world)
         parts = dealt(rollouts(), key=key, size=size, count=count, per_step=count // 2)
         for number, part in enumerate(parts):
-            found[number // (count // 2)] |= set(part["row"].tolist())
+            found[number // (count // 2)] |= set(part["row"][:, 0].tolist())
     return found
 
 
@@ -62,11 +66,24 @@ def test_shares_make_a_mean_over_the_tokens_of_a_step(monkeypatch: pytest.Monkey
     for rank in range(world):
         as_rank(monkeypatch, rank, world)
         for number, part in enumerate(dealt(rollouts(), key=[3], size=size, count=count, per_step=count // 2)):
-            values = part["row"][:, None].expand(-1, 8)[part["response_mask"]].float()
+            values = part["row"][part["response_mask"]].float()
             sums[number // (count // 2)] += float(part["share"] * values.mean()) / (count // 2) / world
     for found, rows in zip(sums, steps(monkeypatch, 1, 6, (3,)), strict=True):
         chosen = torch.tensor(sorted(rows))
         assert found == pytest.approx(float((chosen * TOKENS[chosen]).sum() / TOKENS[chosen].sum()))
+
+
+def test_micro_batches_of_a_step_go_from_long_to_short_without_needless_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        parts = dealt(rollouts(), key=[3], size=1, count=6, per_step=3)
+        widths = [part["response_mask"].shape[1] for part in parts]
+        assert widths == [int(part["response_mask"].sum()) for part in parts]
+        assert all(part["input_ids"].shape[1] == width + 2 for part, width in zip(parts, widths, strict=True))
+        assert widths[:3] == sorted(widths[:3], reverse=True)
+        assert widths[3:] == sorted(widths[3:], reverse=True)
 
 
 def test_rollouts_that_cannot_be_dealt_are_refused() -> None:
