@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_arithmetic import GENERATE, LOGPS, PHASES, UPDATE, Body, Limits, Update, flops, tokens, traffic
+from gpu_job import TENSORS
 from gpu_page import Measured, Row, Size, page
 from real_shape import build, steps
 
@@ -42,6 +43,7 @@ VARIANTS = {
 }
 # glibc else keeps freed tensors, and resident memory on a CPU would be what was once held.
 FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+COUNTED = ("default", "generate")  # engines that run in the thread that counts tensors
 ENGINES = ("default", "generate", "continuous", "vllm")
 # What the estimate calls the phases (models/memory.py); rewards adapt their batches to what is left and have none.
 ESTIMATED = {GENERATE: "generation", LOGPS: "reading", UPDATE: "training"}
@@ -102,7 +104,11 @@ def prepared(size: Size, folder: Path) -> list[str]:
 def measured(variant: str, engine: str, overrides: Sequence[str], size: Size, folder: Path) -> Measured | str:
     """Return what a variant took with an engine, in a process of its own; or why the engine cannot work here."""
     asked = [*VARIANTS[variant], f"generation={engine}", *overrides]
-    return read(variant, engine, job(asked, size.updates + 1, folder / "report.json"))
+    found = read(variant, engine, job(asked, size.updates + 1, folder / "report.json"))
+    if isinstance(found, str) or found.limits.on_gpu or engine not in COUNTED:
+        return found
+    (held,) = job([TENSORS, *asked], 2, folder / "report.json")["updates"]
+    return replace(found, rows=[replace(row, tensors=held[row.phase]["peak"]) for row in found.rows])
 
 
 def job(overrides: Sequence[str], updates: int, report: Path) -> dict[str, Any]:
@@ -131,7 +137,7 @@ def read(variant: str, engine: str, report: dict[str, Any]) -> Measured | str:
                 statistics.median(one["seconds"] for one in took),
                 *(int(statistics.mean(one[part][phase] for one in work)) for part in ("tokens", "flops", "bytes")),
                 max(one["peak"] for one in took),
-                _estimated(phase, report),
+                estimated(phase, report),
             )
         )
     whole = statistics.median(sum(part["seconds"] for part in update.values()) for update in updates)
@@ -159,7 +165,7 @@ def arithmetic(report: dict[str, Any], rows: Sequence[Sequence[int]]) -> dict[st
     }
 
 
-def _estimated(phase: str, report: dict[str, Any]) -> float | None:
+def estimated(phase: str, report: dict[str, Any]) -> float | None:
     """Return the estimate of a phase's peak, bytes: what is held throughout and what is at work."""
     name = ESTIMATED.get(phase)
     if name is None:

@@ -210,6 +210,11 @@ class Limits:
     copy: float
 
     @property
+    def on_gpu(self) -> bool:
+        """Return whether it is a GPU."""
+        return not self.name.startswith("CPU")
+
+    @property
     def ridge(self) -> float:
         """Return the FLOPs a byte from which on arithmetic bounds, not memory."""
         return self.peak / self.bandwidth

@@ -48,6 +48,7 @@ class Row:
         bytes: moved at least.
         peak: memory, bytes, beside what there was before the first weights.
         estimated: the same as `rlhf` prints it; None where it does not.
+        tensors: of the peak, what PyTorch's tensors hold, where it is a process's; None where that is not known.
     """
 
     phase: str
@@ -57,6 +58,7 @@ class Row:
     bytes: float
     peak: float
     estimated: float | None
+    tensors: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,16 @@ def _phase(one: Measured, row: Row) -> str:
 
 def _memory(one: Measured, row: Row) -> str:
     assert row.estimated is not None
-    told, took = row.estimated, row.peak
-    cells = [one.variant, f"`{one.engine}`", row.phase, f"{told / GB:.2f}", f"{took / GB:.2f}"]
-    off = f"{told / took - 1:+.0%}" if took else "–"  # it fitted into memory that the process already had
-    return f"| {' | '.join([*cells, off])} |"
+    told, tensors = row.estimated, row.peak if one.limits.on_gpu else row.tensors
+    cells = [one.variant, f"`{one.engine}`", row.phase, f"{told / GB:.2f}", *_beside(told, tensors)]
+    return f"| {' | '.join([*cells, *_beside(told, None if one.limits.on_gpu else row.peak)])} |"
+
+
+def _beside(told: float, took: float | None) -> list[str]:
+    """Return what was measured, and how far the estimate is from it."""
+    if not took:  # not measured, or it fitted into memory that the process already had
+        return ["–", "–"]
+    return [f"{took / GB:.2f}", f"{told / took - 1:+.0%}"]
 
 
 def _why(row: Row, one: Measured) -> str:
@@ -205,9 +213,10 @@ What bounds each phase, first variant:
 ## Memory beside the estimate
 
 What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no
-estimate. On a GPU the peak is that of PyTorch's tensors, on a CPU of resident memory, the libraries' buffers included.
+estimate. Tensors are what PyTorch's allocator counts on a GPU; on a CPU they are counted operator by operator, in a run
+of its own. Resident memory of the CPU run has the libraries' buffers in it, and what the C library keeps of freed memory.
 
-| variant | engine | phase | estimated GB | measured GB | difference |
-|---|---|---|---:|---:|---:|
+| variant | engine | phase | estimated GB | tensors GB | difference | resident GB | difference |
+|---|---|---|---:|---:|---:|---:|---:|
 {memory}
 """

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ ENDED = "ended, because another rank failed or the job was stopped"
 def main() -> None:
     """Run the job whose folder is the only argument."""
     scratch = Path(sys.argv[1])
-    os.environ[ranks.SCRATCH] = str(scratch)
+    tempfile.tempdir = str(scratch)  # what a rank makes for itself is removed with it, though the rank was killed
     _end_with_parent()
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, _interrupted)

@@ -22,8 +22,6 @@ Part = TypeVar("Part")
 
 LAUNCHED = "RLHF_LAUNCHED"  # set in every process that `launch=` started
 STRATEGY = "RLHF_STRATEGY"  # there, what launch.strategy asks for
-SCRATCH = "RLHF_SCRATCH"  # there, a folder that the process which started it removes, however the rank ends
-PRIVATE = "rlhf-rank"  # how the names of `private` folders begin
 SHARDING = ("fsdp2", "zero3")  # strategies under which no process holds a whole model
 # One rank may wait for a lock that another job holds; ranks that die are ended by the launcher, not by this.
 PATIENCE = timedelta(days=7)
@@ -183,7 +181,7 @@ def private(folder: Path) -> Path:
     """
     if is_main():
         return folder
-    made = Path(tempfile.mkdtemp(prefix=f"{PRIVATE}{rank()}-", dir=os.environ.get(SCRATCH)))
+    made = Path(tempfile.mkdtemp(prefix=f"rlhf-rank{rank()}-"))
     if not _private:
         atexit.register(drop_private)
     _private[made] = folder.absolute()

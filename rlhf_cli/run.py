@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import math
-import os
-import platform
 import random
 import re
-import subprocess
-import sys
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,11 +19,10 @@ from filelock import FileLock, Timeout
 from rlhf_cli import ranks, store
 from rlhf_cli.config.schema import TrackerConfig
 from rlhf_cli.errors import RunError, UserError
+from rlhf_cli.provenance import now, provenance
 from rlhf_cli.tracking import NoTracker, Tracker, check_tracker, open_tracker
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("torch", "transformers", "trl", "datasets", "hydra-core", "wandb", "rlhf-cli")
 
 
 def default_name(what: str, *, dataset: str, model: str, seed: int, identity: dict[str, Any]) -> str:
@@ -214,7 +207,7 @@ class Run:
         self._run_id = (manifest or {}).get("run_id") or uuid.uuid4().hex[:16]
 
     def _describe(self, asked: dict[str, Any], config: dict[str, Any], identity: dict[str, Any]) -> None:
-        manifest = {"run_id": self._run_id, "identity": identity, **_circumstances(config)}
+        manifest = {"run_id": self._run_id, "identity": identity, **provenance(config)}
         store.write_json(self.path("manifest.json"), manifest)
         store.write_text(self.path("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         store.write_json(self.path("overrides.json"), asked)
@@ -231,8 +224,8 @@ class Run:
 
     def _write_status(self, state: str, error: str | None = None) -> None:
         path = self.path("status.json")
-        started = (store.read_json(path) or {}).get("started") or _now()
-        ended = None if state == "running" else _now()
+        started = (store.read_json(path) or {}).get("started") or now()
+        ended = None if state == "running" else now()
         store.write_json(path, {"state": state, "started": started, "ended": ended, "error": error})
 
 
@@ -273,42 +266,3 @@ def _is_until(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except ValueError:  # the line a crash cut short
         return False
-
-
-def _circumstances(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "argv": sys.argv,
-        "time": _now(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_commit": _git_commit(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "device": _device(config.get("device", "auto")),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _device(asked: str) -> str:
-    if asked == "cpu":
-        return "cpu"
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -20,7 +20,7 @@ TIERS = (
     {"trainers", "measure", "data", "models", "run", "store", "hub", "tracking", "wandb_run", "report"},
     {"algos", "rewards", "metrics"},
     {"config"},
-    {"ranks"},
+    {"ranks", "provenance"},
     {"errors"},
 )
 # Arrows between rooms of one line; none of them may point back.

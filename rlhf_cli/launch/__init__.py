@@ -26,16 +26,6 @@ def is_elsewhere(cfg: CommandConfig) -> bool:
     return cfg.launch.name != "local"
 
 
-def refuse_elsewhere(command: str, cfg: CommandConfig) -> None:
-    """Refuse other processes for a command that does its work in this one.
-
-    Raises:
-        ConfigError: launch is not local.
-    """
-    if cfg.launch.name != "local":
-        raise ConfigError(f"launch={cfg.launch.name} does not go with {command}", "It is one process", "Leave it out")
-
-
 def is_submitted(cfg: CommandConfig) -> bool:
     """Return whether the job is for a cluster's queue: it is not done when the command ends."""
     return isinstance(cfg.launch, SlurmConfig | RayConfig)

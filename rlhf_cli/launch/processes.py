@@ -28,6 +28,7 @@ ENTRY = "rlhf_cli.rank_job"
 STRATEGIES = Path(__file__).with_name("strategies")
 MAIN_PORT = 29500  # of torchrun and accelerate
 LOCALHOST = "127.0.0.1"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def run(job: dict[str, Any], launch: AccelerateConfig, device: str) -> Path:
@@ -70,7 +71,7 @@ def _scratch() -> Iterator[Path]:
         try:
             yield folder
         except failures.RankError:
-            for left in folder.glob(f"{ranks.PRIVATE}*"):  # of a rank that was killed
+            for left in [path for path in folder.iterdir() if path.is_dir()]:  # of ranks that were killed
                 shutil.rmtree(left, ignore_errors=True)
             raise
         except BaseException:
@@ -86,8 +87,13 @@ def _end_on_signals() -> None:
         raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in {signal.SIGTERM, signal.SIGHUP} & _heard():
             signal.signal(number, end)
+
+
+def _heard() -> set[signal.Signals]:
+    """Return the signals that may end the job: none that is ignored, as nohup asks for."""
+    return {number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def placed(launch: AccelerateConfig, device: str) -> tuple[bool, int]:
@@ -198,6 +204,7 @@ def _keep(launch: AccelerateConfig, count: int, endpoint: str, scratch: Path) ->
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        signals_to_handle=",".join(number.name for number in _heard()),
     )
     try:
         with _silent_agent(), _own_signals():
@@ -233,8 +240,7 @@ def _silent_agent() -> Iterator[None]:
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Put back afterwards what this process does on signals: the agent takes them over."""
-    taken = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    before = [(number, signal.getsignal(number)) for number in taken]
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
     try:
         yield
     finally:

@@ -127,9 +127,10 @@ def open_adapter(base: Any, folder: Path | str, *, trainable: bool = False) -> P
         RunError: the adapter cannot be read or does not fit the base.
     """
     try:
-        return PeftModel.from_pretrained(
-            base, str(folder), adapter_name=OWN, is_trainable=trainable, torch_device=str(base.device)
-        )
+        empty = base.device.type == "meta"  # a rank that gets its weights from rank 0
+        device = "cpu" if empty else str(base.device)
+        settings: dict[str, Any] = {"is_trainable": trainable, "torch_device": device, "low_cpu_mem_usage": empty}
+        return PeftModel.from_pretrained(base, str(folder), adapter_name=OWN, **settings)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"the adapter in {folder} could not be put on its base", reason) from error

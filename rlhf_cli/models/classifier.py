@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import HEAD, adapter_base, is_adapter, open_adapter, plain
-from rlhf_cli.models.loading import REFUSALS, Loading, opened, reason
+from rlhf_cli.models.loading import REFUSALS, Loading, dealt_out, opened, reason
 from rlhf_cli.models.tokenizers import fit_embedding, has_tokenizer, load_tokenizer
 
 
@@ -52,14 +52,15 @@ def load_reward_model(path: Path | str, device: str = "cpu", how: Loading | None
     """
     how = how or Loading(device)
     if is_adapter(path):  # the head comes with the adapter
-        return plain(open_adapter(new_reward_model(adapter_base(path), init_std=1.0, how=how), path))
+        base = new_reward_model(adapter_base(path), init_std=1.0, how=how)
+        return dealt_out(plain(open_adapter(base, path)), how)
     model, missing = _classifier(path, how)
     if missing:
         raise RunError(
             f"no reward model could be opened in {path}",
             f"its files lack {', '.join(missing[:3])}, and fresh weights would take their place",
         )
-    return model
+    return dealt_out(model, how)
 
 
 def require_classifier(path: Path | str) -> None:

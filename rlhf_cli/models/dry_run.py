@@ -135,9 +135,10 @@ def compared(shape: ModelShape, how: Holding, tokens: Tokens) -> Work:
     """Return what reading rollouts with policy and reference takes: both over the whole vocabulary."""
     with _rehearsal(shape, POLICY, how) as (model, meter), meter, torch.no_grad():
         batch, wrapped = tokens.batch(), _AsTrained(model, how.dtype)
-        ours, theirs = (logps.vocabulary_logps(wrapped, batch, temperature=1.0, tree=None) for _ in range(2))
-        logps.kl(ours, theirs)
-        logps.entropy(ours)
+        with _autocast(how.dtype):  # weights are cast once for all batches (trainers/engines.py)
+            ours, theirs = (logps.vocabulary_logps(wrapped, batch, temperature=1.0, tree=None) for _ in range(2))
+            logps.kl(ours, theirs)
+            logps.entropy(ours)
         return Work(0, meter.peak, meter.peak_logits)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,10 +13,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
+from transformers.integrations import deepspeed
 from transformers.utils import is_flash_attn_2_available
 
+from rlhf_cli import ranks
 from rlhf_cli.config.schema import ModelConfig
 from rlhf_cli.errors import RunError
+from rlhf_cli.models.sharding import shard
 
 # Of transformers, and of the readers of its files: a damaged one shows in many ways.
 REFUSALS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError)
@@ -30,12 +35,16 @@ class Loading:
         dtype: of its weights.
         attention: implementation in transformers; auto: what it chooses.
         quantization: a quantization config of transformers; None: weights as they are.
+        split: over all ranks: rank 0 alone reads weights, to the CPU, and `shard` deals them out.
+        ready: dealt out when opened; else by who opens it, once its adapter is around it.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     attention: str = "auto"
     quantization: Any = None
+    split: bool = False
+    ready: bool = True
 
     def trained(self) -> Loading:
         """Return the same for weights that are trained: in float32, whatever the format of computation."""
@@ -56,7 +65,7 @@ def loading(model: ModelConfig, device: str) -> Loading:
         why = why or (None if dtype == torch.bfloat16 else "it computes in bfloat16, and model.dtype is float32")
         if why:
             raise RunError("model.attention=flash_attention_2 cannot be used", why, "set model.attention=sdpa")
-    return Loading(device, dtype, model.attention)
+    return Loading(device, dtype, model.attention, split=ranks.world() > 1 and ranks.strategy() == "fsdp2")
 
 
 def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[Any, list[str]]:
@@ -78,10 +87,29 @@ def opened(kind: Any, path: Path | str, how: Loading, **settings: Any) -> tuple[
         more["attn_implementation"] = how.attention
     if how.quantization is not None:
         more |= {"quantization_config": how.quantization, "device_map": {"": how.device}}
-    model, info = kind.from_pretrained(path, config=config, dtype=how.dtype, output_loading_info=True, **more)
-    model = model if how.quantization is not None else model.to(how.device)
+    elif how.split and not ranks.is_main():
+        more["device_map"] = "meta"
+    with _whole():
+        model, info = kind.from_pretrained(path, config=config, dtype=how.dtype, output_loading_info=True, **more)
+    model = model if how.quantization is not None or how.split else model.to(how.device)
     require_finite(model, path)
     return model, sorted(info["missing_keys"])
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Within it, models are opened whole: once a trainer has used ZeRO-3, transformers opens parts, of size 0."""
+    trainers = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = trainers
+
+
+def dealt_out(model: Any, how: Loading) -> Any:
+    """Return `model`, just opened so, ready for use: where it is split over ranks, this rank's part."""
+    return shard(model, how.device) if how.split and how.ready and how.quantization is None else model
 
 
 def require_finite(model: torch.nn.Module, path: Path | str) -> None:

@@ -205,11 +205,14 @@ def _phases(plan: Plan, policy: ModelShape, reward: ModelShape, gradients: float
     ours = dry_run.trained_policy(policy, how, batch)
     if plan.stage == "pairwise":
         return _training(plan, _beside(ours, dry_run.read(policy, how, batch)), gradients)
+    reading = dry_run.compared(policy, how, batch)
     if plan.critic:
         ours = _beside(ours, dry_run.trained_values(reward, how, batch))
+        if how.adapters is None and how.dtype.itemsize < TRAINED:  # its weights, cast once for all batches
+            reading = replace(reading, peak=reading.peak + how.dtype.itemsize * reward.sizes(CLASSIFIER, None).linear)
     return [
         _phase(f"generation, {plan.rollouts}", plan, dry_run.generated(policy, how, plan.tokens(plan.rollouts))),
-        _phase(f"reading, {plan.micro_batch}", plan, dry_run.compared(policy, how, batch)),
+        _phase(f"reading, {plan.micro_batch}", plan, reading),
         *_training(plan, ours, gradients),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 from rlhf_cli.config.schema import MadeModelConfig
 from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import adapter_base, is_adapter, open_adapter, plain
-from rlhf_cli.models.loading import REFUSALS, Loading, opened, reason
+from rlhf_cli.models.loading import REFUSALS, Loading, dealt_out, opened, reason
 from rlhf_cli.models.tokenizers import load_tokenizer
 
 __all__ = ["freeze", "load_policy", "load_tokenizer", "make_policy"]
@@ -59,7 +60,8 @@ def load_policy(path: Path | str, device: str = "cpu", how: Loading | None = Non
     """
     how = how or Loading(device)
     if is_adapter(path):
-        return plain(open_adapter(load_policy(adapter_base(path), how=how), path))
+        base = load_policy(adapter_base(path), how=replace(how, ready=False))
+        return dealt_out(plain(open_adapter(base, path)), how)
     try:
         model, missing = opened(AutoModelForCausalLM, path, how.trained() if trained else how)
     except REFUSALS as error:
@@ -70,7 +72,7 @@ def load_policy(path: Path | str, device: str = "cpu", how: Loading | None = Non
             "fresh weights would take their place",
             "give one that was trained to predict the next token",
         )
-    return model
+    return dealt_out(model, how)
 
 
 def freeze(model: Any) -> Any:

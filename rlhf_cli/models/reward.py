@@ -149,7 +149,8 @@ class ModelReward:
     ) -> None:
         from rlhf_cli.models.policy import freeze
 
-        self.model = shard_if_asked(freeze(load_reward_model(path, device, how))) if model is None else freeze(model)
+        model = shard_if_asked(load_reward_model(path, device, how), device) if model is None else model
+        self.model = freeze(model)
         self.centre = load_centre(path) if (path / CENTRE_FILE).is_file() else 0.0  # a foreign model: see centred()
         self.positions = getattr(self.model.config, "max_position_embeddings", None)
         self.path, self.pad_id, self.device, self.micro_batch = path, pad_id, device, micro_batch

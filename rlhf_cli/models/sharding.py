@@ -5,45 +5,116 @@ The policy is sharded by the trainer, through accelerate; the roles beside it (r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from rlhf_cli import ranks
+from rlhf_cli.errors import RunError
 
 
-def shard(model: Any) -> Any:
-    """Return `model`, each of its weights split over all ranks; a forward gathers one decoder layer at a time.
+def shard(model: Any, device: str | None = None, computes_in: torch.dtype | None = None) -> Any:
+    """Return `model` with rank 0's weights, each split over all ranks; a forward gathers a decoder layer at a time.
 
-    All ranks run each forward together. A sequence classifier is read in two steps, body and head, and each gathers
-    its own (models/reward.py).
+    All ranks run each forward together. Weights come to `device` a layer at a time, and no more than a layer and the
+    parts of this rank is there at any time; ranks but 0 need no weights (`Loading.split`). Random numbers go on from
+    rank 0's: the others may have drawn none. Of a sequence classifier body and head are read apart, and gathered so;
+    the head is left in its own number format.
 
     Args:
-        model: a transformers model on this rank's device, the same on every rank, or a module around one.
+        model: a transformers model, with an adapter or without, or a module around one; the same on all ranks.
+        device: where it will be; None: where it is.
+        computes_in: format that float32 weights are gathered and gradients averaged in; None: their own.
     """
-    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks.world(),))
-    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}  # the outermost too, which holds the embedding
-    inner = next((part for part in model.modules() if getattr(part, "_no_split_modules", None)), model)
-    names = set(getattr(inner, "_no_split_modules", None) or [])
-    for part in model.modules():
-        if type(part).__name__ in names:
-            fully_shard(part, **how)
-    if hasattr(model, "score") and hasattr(model, "base_model_prefix"):
-        fully_shard(getattr(model, model.base_model_prefix), **how)
-        fully_shard(model.score, **how)
-    else:
-        fully_shard(model, **how)
+    place = torch.device(device or next(model.parameters()).device.type)
+    mesh = init_device_mesh(place.type, (ranks.world(),))
+    ignored = {weight for weight in model.parameters() if not weight.is_floating_point()}  # of a few bits: left whole
+    how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": ignored}
+    exact = dict(how)
+    if computes_in not in (None, torch.float32):
+        how["mp_policy"] = MixedPrecisionPolicy(computes_in, computes_in, computes_in)
+    arrival = _Arrival(model, torch.device(place.type, torch.cuda.current_device()) if place.type == "cuda" else place)
+    for part, alone in _units(model):
+        arrival.of(part)
+        fully_shard(part, **(exact if alone else how))
+    torch.set_rng_state(ranks.broadcast(torch.get_rng_state()))
+    for weight in model.parameters():  # accelerate tells weights apart by their address, and nothing has none
+        if isinstance(weight, DTensor) and not weight.to_local().numel():
+            weight._local_tensor.data_ptr = partial(id, weight)  # type: ignore[method-assign]
     return model
 
 
-def shard_if_asked(model: Any) -> Any:
-    """Return `model`, sharded where launch.strategy splits models."""
-    return shard(model) if ranks.world() > 1 and ranks.strategy() in ranks.SHARDING else model
+def _units(model: Any) -> list[tuple[Any, bool]]:
+    """Return the modules that are gathered one by one, inner ones first, and whether in their own number format."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = next((part for part in whole.modules() if getattr(part, "_no_split_modules", None)), whole)
+    names = set(getattr(inner, "_no_split_modules", None) or [])
+    units = [part for part in whole.modules() if type(part).__name__ in names][::-1]
+    if isinstance(inner, PreTrainedModel):
+        embedding, output = inner.get_input_embeddings(), inner.get_output_embeddings()
+        if output is None or output.weight is not embedding.weight:
+            units.append(embedding)
+        if head := getattr(inner, "score", None):
+            units.append(getattr(inner, inner.base_model_prefix))
+            return [(part, False) for part in units] + [(head, True), (model, False)]
+    return [(part, False) for part in [*units, model]]
+
+
+class _Arrival:
+    """Brings rank 0's weights to all ranks, those of a module at a time.
+
+    Args:
+        model: whose weights they are.
+        device: where they go.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.device = device
+        self.holders: dict[int, list[tuple[dict, str]]] = {}  # a tied weight has several
+        for part in model.modules():
+            for held in (part._parameters, part._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        self.holders.setdefault(id(tensor), []).append((held, name))
+        tensors = [*model.parameters(), *model.buffers()]
+        mine = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        theirs = ranks.broadcast(mine)
+        if [shape for shape, _ in mine] != [shape for shape, _ in theirs]:
+            raise RunError("a model has other shapes on another rank", "", "give all machines the same files")
+        self.formats = {id(tensor): dtype for tensor, (_, dtype) in zip(tensors, theirs, strict=True)}
+        for buffer in list(model.buffers()):
+            self._bring(buffer)
+
+    def of(self, part: Any) -> None:
+        """Bring the weights of a module that are not there yet."""
+        for weight in [weight for weight in part.parameters() if not isinstance(weight, DTensor)]:
+            if weight.is_floating_point():
+                self._bring(weight)
+
+    @torch.no_grad()
+    def _bring(self, tensor: torch.Tensor) -> None:
+        if ranks.is_main():
+            value = tensor.detach().to(self.device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=self.formats[id(tensor)], device=self.device)
+        if value.numel():
+            torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)  # the bits, whatever the format
+        new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        for held, name in self.holders[id(tensor)]:
+            held[name] = new
+
+
+def shard_if_asked(model: Any, device: str | None = None) -> Any:
+    """Return `model`, sharded where launch.strategy splits models and it is not yet."""
+    asked = ranks.world() > 1 and ranks.strategy() in ranks.SHARDING
+    return shard(model, device) if asked and not is_sharded(model) else model
 
 
 def is_sharded(model: nn.Module) -> bool:

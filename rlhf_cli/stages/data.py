@@ -6,14 +6,17 @@ from pathlib import Path
 
 from rlhf_cli.config.schema import CommandConfig, SplitConfig, SurveyConfig
 from rlhf_cli.data import check
+from rlhf_cli.errors import ConfigError
 
 
 def run(cfg: CommandConfig, out: Path | None = None) -> str:
     """Return the text that describes the dataset of `cfg`; or write its pairs to `out`, and return what was written.
 
     Raises:
-        UserError: the data or the model's tokenizer cannot be read, or `out` cannot be written.
+        UserError: the data or the model's tokenizer cannot be read, `out` cannot be written, or launch is not local.
     """
+    if cfg.launch.name != "local":
+        raise ConfigError(f"launch={cfg.launch.name} does not go with data", "It reads in one process", "Leave it out")
     check(cfg.dataset)
     if out is not None:
         from rlhf_cli.data.pairs_file import write_pairs

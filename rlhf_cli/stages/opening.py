@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlhf_cli.models.classifier import require_classifier
 from rlhf_cli.models.folders import base_folder
 from rlhf_cli.models.loading import Loading, loading
 from rlhf_cli.models.quantisation import keep_trainable, quantised
+from rlhf_cli.models.sharding import shard
 from rlhf_cli.models.tokenizers import load_tokenizer
 from rlhf_cli.trainers.common import Computing, resolve_device
 
@@ -24,13 +26,21 @@ def frozen(cfg: CommandConfig) -> Loading:
 
 def trained(cfg: CommandConfig) -> Loading:
     """Return how a model is opened that is to be trained: in float32, but the base of an adapter as frozen ones are."""
-    how = frozen(cfg)
+    how = replace(frozen(cfg), ready=False)
     return quantised(how, cfg.peft) if isinstance(cfg.peft, LoraConfig) else how.trained()
 
 
 def adapted(cfg: CommandConfig, model: Any, base: Path) -> Any:
     """Return a model opened as `trained` says: with an adapter around it, or as it is where all weights are trained."""
-    return with_adapter(keep_trainable(model), cfg.peft, base=base) if isinstance(cfg.peft, LoraConfig) else model
+    if isinstance(cfg.peft, LoraConfig):
+        model = with_adapter(keep_trainable(model), cfg.peft, base=base)
+    return split(cfg, model)
+
+
+def split(cfg: CommandConfig, model: Any) -> Any:
+    """Return a model opened as `trained` says, its weights split over ranks where they are to be."""
+    how = trained(cfg)
+    return shard(model, how.device, frozen(cfg).dtype) if how.split else model
 
 
 def computing(cfg: CommandConfig) -> Computing:

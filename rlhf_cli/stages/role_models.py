@@ -25,7 +25,7 @@ from rlhf_cli.models.quantisation import keep_trainable
 from rlhf_cli.models.reward import Critic, Reward, load_reward_model, new_reward_model
 from rlhf_cli.models.shared_base import RoleModel, SharedBase
 from rlhf_cli.run import seed_everything
-from rlhf_cli.stages.opening import adapted, frozen, trained
+from rlhf_cli.stages.opening import adapted, frozen, split, trained
 from rlhf_cli.stages.reward_reading import model_reward, read_reward
 from rlhf_cli.stages.roles import REWARD, Roles
 from rlhf_cli.stages.session import say
@@ -67,6 +67,7 @@ def training_models(cfg: AlignConfig, roles: Roles, data: PreferenceData, tokeni
     """
     policy = load_policy(roles.reference, how=trained(cfg))
     if not isinstance(cfg.peft, LoraConfig):
+        policy = split(cfg, policy)
         found = read_models(cfg, roles, data, tokenizer)
         return RoleModels(found.reference, found.reward, policy)
     seed_everything(cfg.seed)  # the adapter's weights are drawn
@@ -120,7 +121,7 @@ def _critic_body(cfg: AlignConfig, roles: Roles, tokenizer: Any) -> Any:
     if not is_adapter(source):
         return adapted(cfg, load_reward_model(source, how=trained(cfg)), source)
     base = keep_trainable(new_reward_model(adapter_base(source), init_std=cfg.model.init_std, how=trained(cfg)))
-    return open_adapter(base, source, trainable=True)
+    return split(cfg, open_adapter(base, source, trainable=True))
 
 
 def _same_tokens(source: Path, tokenizer: Any) -> bool:

@@ -21,7 +21,7 @@ from rlhf_cli.run import seed_everything
 from rlhf_cli.stages.batch_sizes import require_batches
 from rlhf_cli.stages.description import say_statistics
 from rlhf_cli.stages.log import StageLog
-from rlhf_cli.stages.opening import adapted, computing, frozen, trained
+from rlhf_cli.stages.opening import adapted, computing, frozen, split, trained
 from rlhf_cli.stages.session import open_run, summary
 from rlhf_cli.trainers.common import Reporter, fit
 
@@ -84,7 +84,7 @@ def _policy(cfg: CommandConfig, base: Path | None, tokenizer: Any) -> Any:
     """Return what is trained: the model in `base`, with an adapter if one is asked for, or a model made here."""
     if base is None:
         longest = cfg.dataset.max_prompt_tokens + cfg.dataset.max_completion_tokens
-        return make_policy(made(cfg), tokenizer, max_positions=longest)
+        return split(cfg, make_policy(made(cfg), tokenizer, max_positions=longest))
     policy = load_policy(base, how=trained(cfg))
     fit_embedding(policy, tokenizer)
     return adapted(cfg, policy, base)
@@ -92,7 +92,7 @@ def _policy(cfg: CommandConfig, base: Path | None, tokenizer: Any) -> Any:
 
 def _whole(cfg: CommandConfig, base: Path, tokenizer: Any) -> Any:
     """Return the model in `base` in float32 on the CPU, made one for `tokenizer`."""
-    policy = load_policy(base, how=replace(frozen(cfg).trained(), device="cpu"))
+    policy = load_policy(base, how=replace(frozen(cfg).trained(), device="cpu", split=False))
     fit_embedding(policy, tokenizer)
     return policy
 

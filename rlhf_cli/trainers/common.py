@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from rlhf_cli import ranks
 from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.errors import ConfigError, RunError
-from rlhf_cli.models.adapters import CHECKPOINTING, write_model
+from rlhf_cli.models.adapters import CHECKPOINTING, OWN, write_model
 from rlhf_cli.run import latest_checkpoint, mark_complete
 
 TRL_REFERENCE = "ref"  # name of the adapter that TRL adds
@@ -133,6 +133,10 @@ def reading(model: Any) -> Iterator[None]:
 
 class AllRanks:
     """Mixin: what is noted of training is logged as the mean over all ranks; each notes shares of equal weight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _no_copy(kwargs["model"] if "model" in kwargs else args[0]):
+            super().__init__(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the trainer's numbers and the mean of what was noted since the last time."""
@@ -283,6 +287,21 @@ def without_reference_adapter(trainer: Any) -> None:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+
+
+@contextmanager
+def _no_copy(model: Any) -> Iterator[None]:
+    """Within it, TRL takes a policy's adapter for its copy of it as reference; of a part it cannot make one."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    find, instance = model.get_parameter, cast(Any, model)
+    instance.add_adapter = lambda *_: None
+    instance.get_parameter = lambda name: find(name.replace(f".{TRL_REFERENCE}.", f".{OWN}."))
+    try:
+        yield
+    finally:
+        del instance.add_adapter, instance.get_parameter
 
 
 def _adopt_finished(trainer: Any, checkpoint: Path) -> bool:

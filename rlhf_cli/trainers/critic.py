@@ -68,7 +68,12 @@ class CriticTraining:
                 weight.grad = None
 
     def step(self, policy_optimizer: Any, *_: Any) -> None:
-        """Average over ranks, clip, step and zero: a hook that runs after each step of the policy's optimizer."""
+        """Average over ranks, clip, step and zero: a hook that runs after each step of the policy's optimizer.
+
+        Without gradients it does nothing: DeepSpeed steps groups of weights one by one, and each calls this.
+        """
+        if not self.held and all(weight.grad is None for weight in self.weights.values()):
+            return
         for name, gradient in self.held.items():
             self.inside[name].grad = gradient
         self.held = {}

@@ -18,13 +18,17 @@ from accelerate import DistributedType, PartialState
 from conftest import PIXEL
 
 from rlhf_cli import jobs, ranks
+from rlhf_cli.measure import sampled
 from rlhf_cli.stages import results, trust
 from rlhf_cli.trainers.common import Reporter
+
+DRAWN = 16  # sequences drawn at a time: few, so that there is something to deal out
 
 
 def main(file: Path) -> None:
     plan = json.loads(file.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
+    sampled.DRAWN = DRAWN
     results.preference_bars = lambda rows, path, **_: path.write_bytes(PIXEL)
     results.curves = lambda lines, path, keys: path.write_bytes(PIXEL)
     results.pair_figure = lambda pairs, path: bool(path.write_bytes(PIXEL))

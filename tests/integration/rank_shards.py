@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 from rlhf_cli import ranks
+from rlhf_cli.models import loading, sharding
+from rlhf_cli.models.classifier import load_reward_model
+from rlhf_cli.models.loading import Loading
 from rlhf_cli.models.logps import token_logps
+from rlhf_cli.models.policy import load_policy
 from rlhf_cli.models.reward import Critic, sequence_scores
 from rlhf_cli.models.sharding import is_sharded, shard, whole_state
 from rlhf_cli.models.tokens import collate
@@ -49,6 +57,7 @@ def found() -> dict[str, float]:
         "scores": float(scores),
         "state": max(state, default=0.0),
         "gathered": float(len(state)),
+        **_opened(policy, classifier, batch),
         **_critic_step(critic, batch),
         "resumed": _resumed(shard(Critic(deepcopy(classifier))), shard(Critic(deepcopy(classifier))), batch),
     }
@@ -60,6 +69,68 @@ def share(model: Any) -> float:
     assert is_sharded(model)
     assert all(isinstance(weight, DTensor) for weight in weights)
     return sum(weight.to_local().numel() for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+def _opened(policy: Any, classifier: Any, batch: Any) -> dict[str, float]:
+    """Return what is seen of models that are split as they are opened.
+
+    How far they are from whole ones, the weights that this rank has before it gets its part, and the most that it has
+    at any time, both as shares of all: of a policy whose layers are most of it.
+    """
+    folder = Path(ranks.broadcast(tempfile.mkdtemp()))
+    deep = OPTForCausalLM(OPTConfig(**{**SHAPE, "num_hidden_layers": 8, "torch_dtype": torch.float32}))
+    adapted = get_peft_model(deepcopy(policy), LoraConfig(r=1, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "policy")
+    kept = {"policy": policy, "reward": classifier, "deep": deep, "adapter": adapted}
+    for name, model in kept.items() if ranks.is_main() else ():
+        model.save_pretrained(folder / name)
+    ranks.barrier()
+    how, read = Loading(split=True), {"temperature": 1.0, "tree": None}
+    before, most, _ = _watched(lambda: load_policy(folder / "deep", how=how))
+    found = load_policy(folder / "policy", how=how), load_policy(folder / "adapter", how=how)
+    reward = load_reward_model(folder / "reward", how=how)
+    expected = load_policy(folder / "policy"), load_policy(folder / "adapter")
+    with torch.no_grad():
+        gaps = [
+            token_logps(a, batch, **read) - token_logps(b, batch, **read) for a, b in zip(found, expected, strict=True)
+        ]
+        far = (token_logps(expected[0], batch, **read) - token_logps(expected[1], batch, **read))[batch.response_mask]
+        scores = (sequence_scores(reward, batch) - sequence_scores(classifier, batch)).abs().max()
+    assert all(share(model) < 0.51 for model in (*found, reward))
+    return {
+        "opened": max(float(gap[batch.response_mask].abs().max()) for gap in gaps),
+        "opened_scores": float(scores),
+        "adapter": float(far.abs().max()),
+        "before": before,
+        "most": most,
+    }
+
+
+def _watched(function: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Return the share of a model's weights that is here before it is sharded, the most after, and the model."""
+    shard, fully_shard, seen = loading.shard, sharding.fully_shard, []
+    models: list[Any] = []
+
+    def held() -> float:
+        weights = list(models[0].parameters())
+        here = [w.to_local() if isinstance(w, DTensor) else w for w in weights if not w.is_meta]
+        return sum(weight.numel() for weight in here) / sum(weight.numel() for weight in weights)
+
+    def watching(model: Any, *how: Any) -> Any:
+        models.append(model)
+        seen.append(held())
+        return shard(model, *how)
+
+    def counting(part: Any, **how: Any) -> Any:
+        seen.append(held())
+        return fully_shard(part, **how)
+
+    loading.shard, sharding.fully_shard = watching, counting  # type: ignore[assignment]
+    try:
+        model = function()
+    finally:
+        loading.shard, sharding.fully_shard = shard, fully_shard
+    return seen[0], max(seen[1:]), model
 
 
 def _critic_step(critic: Critic, batch: Any) -> dict[str, float]:

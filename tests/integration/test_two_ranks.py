@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_jobs
 from small_jobs import SMALL, SURVEY, files, gap, job, read_json, read_lines
 from test_invariance import without_blind_directions
 
 from rlhf_cli import ranks
+from rlhf_cli.measure import sampled
 from rlhf_cli.run import latest_checkpoint
 
 LORA = ["peft=lora", "peft.rank=4"]
@@ -25,6 +28,7 @@ CLOSED = ["dataset.closed_vocabulary=true"]  # a policy of a few steps else says
 GAE = [*CLOSED, "algo=pm", "algo.minibatches=2", "algo.ppo_epochs=2", "trainer.online.micro_batch_size=4"]
 GAE += ["trainer.online.max_steps=12", "trainer.online.eval_every_steps=6"]
 Cases = dict[str, tuple[str, list[str]]]
+EVALUATED: Cases = {"evaluate": ("evaluate", ["reward=pcrm_cosine"])}
 # What one process does: (command, overrides). Two get the same, and half the rows each.
 CASES: Cases = {
     "pcrm": ("train-rm", ["reward=pcrm_cosine"]),
@@ -32,6 +36,7 @@ CASES: Cases = {
         "align",
         [*CLOSED, "reward=gold", "algo=rpo", "algo.sft_reduction=token_mean", "trainer.pairwise.micro_batch_size=4"],
     ),
+    **EVALUATED,
     # A critic on the policy's base. Of two ranks one is killed before the second of three updates ends.
     "shared": (
         "align",
@@ -53,17 +58,19 @@ MORE: Cases = {
     "dpm": ("align", [*CLOSED, "reward=gold", "algo=dpm"]),
     "dpo_lora": ("align", [*LORA, *CLOSED, "reward=gold", "algo=dpo"]),
     "pm_lora": ("align", [*LORA, *CLOSED, "algo=pm", "model.gradient_checkpointing=true"]),
-    "evaluate": ("evaluate", []),
+    "evaluate_rm": ("evaluate", ["stage=rm"]),
 }
 SHARDED: Cases = {
     "bt": ("train-rm", []),
     "dpo": ("align", [*CLOSED, "reward=gold", "algo=dpo"]),
-    "lora": ("align", [*LORA, *CLOSED, "algo=pm", "algo.advantage=rloo"]),
+    # Of rank 1, so that one of two processes has nothing of some weights.
+    "lora": ("align", [*LORA, "peft.rank=1", *CLOSED, "algo=pm", "algo.advantage=rloo"]),
+    "dpo_lora": ("align", [*LORA, *CLOSED, "reward=gold", "algo=dpo"]),
     "gae": ("align", GAE),
 }
 # As accelerate reads launch/strategies/fsdp2.yaml.
 FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false",
 }  # fmt: skip
@@ -92,6 +99,8 @@ def together(
         port = free.getsockname()[1]
     places = {ranks.LAUNCHED: "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     places |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(world)}
+    places["TMPDIR"] = str(folder / "tmp")  # a killed rank leaves something there; launch= would remove it
+    (folder / "tmp").mkdir(exist_ok=True)
     places |= {ranks.STRATEGY: strategy, **(FSDP2 if strategy == "fsdp2" else {})}
     logs = [(folder / f"{number}.log").open("a", encoding="utf-8") for number in range(world)]
     started = [
@@ -179,6 +188,24 @@ def test_two_ranks_end_where_one_process_does(name: str, both: Path, alone: Call
     alike(alone(name), both / name)
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_what_ranks_deal_out_is_measured_as_by_one_process(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same models, to the last digit: samples, their rewards, and every number that rests on them."""
+    monkeypatch.setattr(sampled, "DRAWN", rank_jobs.DRAWN)
+    for stage in ("sft", "rm"):
+        shutil.copytree(both / "store" / stage, tmp_path / "store" / stage)
+    command, more = EVALUATED["evaluate"]
+    one = job(command, *ROWS, *more, run_dir=tmp_path / "run", store=tmp_path / "store")
+    two = both / "evaluate"
+    for name in ("completions.jsonl", "measured.json", "pairs.json", "metrics.json"):
+        assert (one / name).read_text() == (two / name).read_text(), name
+    kept = {path.relative_to(tmp_path): path.read_bytes() for path in (tmp_path / "store").rglob("*.npz")}
+    assert len([path for path in kept if path.parts[1] == "samples"]) == 8, "four pieces of two policies"
+    assert {path: (both / path).read_bytes() for path in kept} == kept
+
+
 def test_one_rank_writes_the_store(both: Path) -> None:
     store = both / "store"
     assert files(store / ".work") == set()
@@ -199,9 +226,12 @@ def test_sharded_models_are_parts_that_say_the_same(both: Path) -> None:
         found = read_json(both / f"shards-{number}.json")
         assert found["share"] < 0.51, "each rank holds half"
         assert found["gathered"] == (0 if number else 36), "rank 0 alone gets the whole"
-        same = ("logps", "scores", "state", "averaged", "sharded", "resumed")
+        assert found["before"] == (0 if number else 1), "rank 0 alone reads weights"
+        assert number == 0 or found["most"] < 0.6, "half, and a layer"
+        same = ("logps", "scores", "state", "averaged", "sharded", "resumed", "opened", "opened_scores")
         assert {name: found[name] for name in same} == pytest.approx(dict.fromkeys(same, 0.0), abs=1e-6)
         assert found["moved"] > 1e-3
+        assert found["adapter"] > 1e-3
 
 
 @pytest.fixture(scope="module")

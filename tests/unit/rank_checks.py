@@ -25,6 +25,7 @@ def main(folder: Path) -> None:
     found["after_barrier"] = (folder / "late").exists()
     found["on_main"] = ranks.on_main(lambda: me + 40)
     found["main_first"] = ranks.main_first(lambda: once(folder, me))
+    found |= dealt(folder, me)
     import torch.distributed as dist
     from accelerate import PartialState
 
@@ -32,6 +33,35 @@ def main(folder: Path) -> None:
     ranks.disconnect()
     found["left"] = not dist.is_initialized()
     sys.stdout.write(json.dumps(found))
+
+
+def dealt(folder: Path, me: int) -> dict[str, object]:
+    """Return what comes of parts that the ranks deal out, which this one computed, and rows that a memo keeps."""
+    import numpy as np
+
+    from rlhf_cli import ranks
+    from rlhf_cli.measure.memo import Memo
+    from rlhf_cli.store import Store
+
+    mine: list[int] = []
+
+    def square(part: int) -> list[int]:
+        mine.append(part)
+        return [part**2, ranks.world(), ranks.rank(), *ranks.gather(part)]  # it waits for nobody
+
+    found: dict[str, object] = {"dealt": list(ranks.dealt(range(5), square)), "mine": mine, "after": ranks.world()}
+    asked: list[list[int]] = []
+
+    def compute(indices: list[int]) -> list[dict[str, np.ndarray]]:
+        asked.append(indices)
+        return [{"value": np.array(index)} for index in indices]
+
+    for again in range(2):  # the second time from the store
+        rows = Memo(Store(folder / "store")).rows(
+            "rows", {}, 7, compute, order=[6, 5, 4, 3, 2, 1, 0], piece=2, label=""
+        )
+        found[f"rows {again}"] = [int(row["value"]) for row in rows]
+    return {**found, "asked": asked}
 
 
 def once(folder: Path, me: int) -> str:

@@ -18,6 +18,7 @@ def stage(job: dict[str, Any]) -> Path:
     folder, what = Path(job["overrides"][0]), job["command"]
     if what.startswith("connected"):
         ranks.connect()
+    (ranks.private(folder) / "own").touch()
     meet(folder)
     sys.stdout.write(f"rank {ranks.rank()} has {os.environ['OMP_NUM_THREADS']} threads\n")
     if what == "both refuse":

@@ -13,7 +13,7 @@ import growth
 import growth_plan as plan
 import pytest
 import torch
-from gpu import SMALL, VARIANTS, Size, arithmetic, prepared, read
+from gpu import SMALL, VARIANTS, Size, arithmetic, estimated, prepared, read
 from gpu_arithmetic import GENERATE, LOGPS, PHASES, SCORE, UPDATE, Body, Limits, Update, cache_traffic, flops, tokens
 from gpu_job import Phases, measure
 from gpu_page import Measured, Row, bound, page
@@ -120,6 +120,15 @@ def test_the_dry_run_measures_every_phase(report: dict[str, Any]) -> None:
     assert found.rows[3].estimated is not None
     assert found.rows[3].estimated > 2 * 16 * BODY.linear  # weights, gradients and AdamW of policy and critic
     assert found.rows[1].estimated is None
+
+
+def test_the_estimate_is_near_the_tensors_of_an_update(tmp_path: Path) -> None:
+    overrides = [*prepared(SIZE, tmp_path), "device=cpu", "model.dtype=float32"]
+    report = measure(2, overrides, tmp_path / "trainer", tensors=True)
+    rows = {
+        phase: (report["updates"][0][phase]["peak"], estimated(phase, report)) for phase in (GENERATE, LOGPS, UPDATE)
+    }
+    assert all(told == pytest.approx(took, rel=0.2) for took, told in rows.values()), rows
 
 
 def test_the_page_says_what_it_is(report: dict[str, Any]) -> None:

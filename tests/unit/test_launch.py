@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -89,6 +88,8 @@ def test_a_rank_that_breaks_ends_all_and_is_told_once(
     assert text.count("ZeroDivisionError: a bug\nin two lines") == (what == "bug")
     assert "Traceback" not in capfd.readouterr().err, "what others say of it is not printed"
     assert all_ended(tmp_path / "job")
+    (left,) = [path for path in tmp_path.iterdir() if path.name != "job"]
+    assert {path.suffix for path in left.iterdir()} <= {".log", ".json"}, "what they printed, and no folder of theirs"
 
 
 @pytest.mark.parametrize("what", ["refuse", "both refuse"])
@@ -99,18 +100,56 @@ def test_a_users_mistake_is_one_line(run: Callable[[str], Path], tmp_path: Path,
     assert scratch(tmp_path) == []
 
 
-def test_an_interruption_ends_all_ranks(run: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("told", "error", "code"), [(signal.SIGINT, KeyboardInterrupt, "^$"), (signal.SIGTERM, SystemExit, "^143$")]
+)
+def test_an_interruption_ends_all_ranks_and_leaves_nothing(
+    run: Callable[[str], Path], tmp_path: Path, told: signal.Signals, error: type[BaseException], code: str
+) -> None:
     def interrupt() -> None:
         while len(list((tmp_path / "job").glob("pid-*"))) < 2:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        began.append(time.monotonic())
+        os.kill(os.getpid(), told)
 
+    began: list[float] = []
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error, match=code):
         run("wait")
+    assert time.monotonic() - began[0] < 15, "they end by themselves, and are not killed"
     thread.join()
     assert all_ended(tmp_path / "job")
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+
+
+def test_a_job_that_is_told_to_end_before_its_ranks_start_leaves_nothing(
+    run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_keep", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        run("wait")
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_closed_terminal_does_not_end_a_job_under_nohup(
+    run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> dict[int, failures.Exit]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {0: failures.Exit(7, 0.0)}
+
+    monkeypatch.setattr(processes, "_keep", closed)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in processes._heard()
+        with pytest.raises(RankError, match="exit code 7"):
+            run("wait")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in processes._heard()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
@@ -131,59 +170,6 @@ def wait_for(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-# -- which of several failures is told --------------------------------------------------------------------------------
-
-USER = {"failure": "user", "said": ["no data", "", ""], "notes": ["run folder: runs/a"]}
-BUG = {"failure": "bug", "reason": "KeyError: 1", "text": "Traceback\nKeyError: 1", "notes": []}
-LOST = {
-    "failure": "bug",
-    "reason": "RuntimeError: [gloo]",
-    "text": "RuntimeError: Connection closed by peer",
-    "notes": [],
-}
-
-
-def settle(
-    folder: Path, outcomes: dict[int, Any], exits: dict[int, tuple[int, float]], told: str, machines: int = 1
-) -> None:
-    """Leave the outcomes of ranks and see what is told."""
-    for rank, outcome in outcomes.items():
-        (folder / f"rank-{rank}.json").write_text(json.dumps({"time": float(rank), **outcome}))
-    found = {rank: failures.Exit(*exit) for rank, exit in exits.items()}
-    with pytest.raises((UserError, RankError), match=told):
-        failures.settle(folder, found, machines=machines)
-
-
-def test_the_cause_is_told_and_not_what_follows_from_it(tmp_path: Path) -> None:
-    settle(tmp_path, {0: LOST, 1: USER}, {0: (1, 0), 1: (2, 0)}, r"^no data\.\nrun folder: runs/a$")
-
-
-def test_a_bug_is_told_before_a_connection_that_it_cut(tmp_path: Path) -> None:
-    settle(tmp_path, {0: LOST, 1: BUG}, {0: (1, 0), 1: (1, 5)}, "KeyError")
-
-
-def test_a_killed_rank_is_told_before_those_that_lost_it(tmp_path: Path) -> None:
-    settle(tmp_path, {0: LOST}, {0: (1, 0), 1: (-9, 0)}, "rank 1 was killed by SIGKILL")
-
-
-def test_ranks_that_the_agent_ended_are_not_the_cause(tmp_path: Path) -> None:
-    exits = {0: (-9, 31.0), 1: (1, 0.0), 2: (143, 0.0), 3: (-15, 0.0), 4: (-6, 0.0)}
-    settle(tmp_path, {1: BUG}, exits, "KeyError")
-
-
-def test_a_segmentation_fault_is_named(tmp_path: Path) -> None:
-    settle(tmp_path, {}, {2: (-11, 0), 0: (-6, 1)}, r"^error: rank 2 was killed by SIGSEGV\. All ranks")
-
-
-def test_a_failure_on_another_machine_is_told_there(tmp_path: Path) -> None:
-    settle(tmp_path, {0: LOST}, {0: (1, 0)}, "on another machine, which tells why", machines=2)
-
-
-def test_an_outcome_without_failure_is_the_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "rank-0.json").write_text(json.dumps({"time": 0.0, "failure": None, "run_dir": "runs/a"}))
-    assert failures.settle(tmp_path, {}, machines=1) == "runs/a"
 
 
 # -- what can start ---------------------------------------------------------------------------------------------------
@@ -213,6 +199,12 @@ def test_every_gpu_has_a_process_by_default(monkeypatch: pytest.MonkeyPatch) -> 
     assert processes.placed(accelerate(), "auto") == (False, 4)
     assert processes.placed(accelerate("launch.processes=2"), "auto") == (False, 2)
     assert processes.placed(accelerate("launch.processes=8"), "cpu") == (True, 8)
+
+
+@pytest.mark.parametrize("command", ["train-sft", "train-rm", "align", "evaluate"])
+def test_every_stage_can_be_done_by_several(command: str) -> None:
+    assert launching.is_elsewhere(compose.load(command, ["launch=accelerate", "launch.processes=2"]))
+    assert not launching.is_elsewhere(compose.load(command, []))
 
 
 def test_ranks_of_another_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,11 +130,16 @@ def test_a_sweep_goes_to_a_cluster_through_hydra(rlhf: Callable[..., Result]) ->
     assert "hydra/launcher=submitit_slurm" in result.stderr
 
 
-def test_a_policy_is_measured_in_one_process(rlhf: Callable[..., Result]) -> None:
-    result = rlhf("evaluate", "launch=accelerate", "launch.processes=2")
+def test_a_policy_is_measured_by_several_on_a_cluster(rlhf: Callable[..., Result]) -> None:
+    result = rlhf("evaluate", "policy=null", "launch=slurm", "launch.processes=4", "launch.dry_run=true")
+    assert result.exit_code == 0, result.output
+    assert "rlhf_cli.cli evaluate policy=null launch=accelerate launch.processes=4 " in result.stdout
+
+
+def test_data_are_read_in_one_process(rlhf: Callable[..., Result]) -> None:
+    result = rlhf("data", "launch=accelerate")
     assert result.exit_code == 2
-    assert "does not go with evaluate" in result.stderr
-    assert rlhf("evaluate", "launch=slurm", "launch.dry_run=true").exit_code == 0
+    assert result.stderr == "error: launch=accelerate does not go with data. It reads in one process. Leave it out.\n"
 
 
 @pytest.mark.parametrize(

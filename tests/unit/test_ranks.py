@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_cli import ranks
+from rlhf_cli import ranks, run
+from rlhf_cli.config import compose
 from rlhf_cli.errors import RunError
 
 
@@ -77,6 +78,25 @@ def test_rank_0_goes_first(found: list[dict[str, Any]]) -> None:
     assert [each["main_first"] for each in found] == ["0", "0"]
 
 
+def test_a_part_is_computed_by_one_rank_as_if_it_were_alone(found: list[dict[str, Any]]) -> None:
+    assert [each["dealt"] for each in found] == [[[n**2, 1, 0, n] for n in range(5)]] * 2
+    assert [each["mine"] for each in found] == [[0, 2, 4], [1, 3]]
+    assert [each["after"] for each in found] == [2, 2]
+
+
+def test_kept_rows_are_computed_by_one_rank(found: list[dict[str, Any]]) -> None:
+    assert [each["asked"] for each in found] == [[[6, 5], [2, 1]], [[4, 3], [0]]], "whole pieces, once"
+    assert [each[f"rows {again}"] for each in found for again in (0, 1)] == [list(range(7))] * 4
+
+
+def test_where_models_are_split_each_rank_computes_every_part(
+    asked: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "gather", lambda _: pytest.fail("nothing is dealt out"))
+    asked("fsdp2")
+    assert list(ranks.dealt([1, 2, 3], lambda part: (part, ranks.world()))) == [(1, 2), (2, 2), (3, 2)]
+
+
 def test_one_process_is_rank_0_whatever_a_cluster_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ranks.LAUNCHED, raising=False)
     monkeypatch.setenv("RANK", "3")
@@ -87,6 +107,7 @@ def test_one_process_is_rank_0_whatever_a_cluster_exports(monkeypatch: pytest.Mo
     assert ranks.gather("mine") == ["mine"]
     assert ranks.on_main(lambda: 1) == ranks.main_first(lambda: 1) == 1
     assert ranks.average({"loss": 2.0}, weight=7) == {"loss": 2.0}
+    assert list(ranks.dealt("ab", str.upper)) == ["A", "B"]
     with pytest.raises(ValueError, match="must be >= 0"):
         ranks.average({}, weight=-1)
 
@@ -165,3 +186,24 @@ def test_processes_that_accelerate_does_not_see_stop(asked: Callable[[str], None
 def test_one_process_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ranks.LAUNCHED, raising=False)
     ranks.check_strategy(Accelerator("NO", processes=1))
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_another_rank_than_0_opens_no_tracker_and_leaves_no_folder(
+    asked: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked("ddp")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(ranks, "gather", lambda value: [value] * 2)
+    monkeypatch.setattr(ranks, "broadcast", lambda _: False)
+    monkeypatch.setattr(run, "open_tracker", lambda *_, **__: pytest.fail("rank 0 tells the tracker"))
+    cfg = compose.load("train-sft", ["tracker=wandb"]).tracker
+    told: dict[str, Any] = {"command": "train-sft", "config": {}, "identity": {}, "tracker": cfg, "group": "sft"}
+    with run.Run.open(tmp_path / "run", **told) as opened:
+        opened.log({"loss": 1.0}, 1)
+        assert opened.tracker.where == ""
+    ranks.drop_private()
+    assert not opened.directory.exists()
+    assert list(tmp_path.iterdir()) == []

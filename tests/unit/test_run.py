@@ -18,6 +18,7 @@ import yaml
 from rlhf_cli import run as run_module
 from rlhf_cli.config.schema import TrackerConfig
 from rlhf_cli.errors import DataError, RunError
+from rlhf_cli.provenance import PACKAGES
 from rlhf_cli.run import Run, default_name, latest_checkpoint, mark_complete, seed_everything
 
 CONFIG = {"seed": 0, "device": "cpu", "algo": {"name": "pm", "alpha": None, "beta": 1.0}}
@@ -86,7 +87,7 @@ def test_a_new_run_describes_itself(tmp_path: Path) -> None:
     assert manifest["device"] == "cpu"
     assert manifest["cpu_count"] == os.cpu_count()
     assert manifest["versions"]["torch"] == torch.__version__
-    assert set(manifest["versions"]) == {"python", *run_module.PACKAGES}
+    assert set(manifest["versions"]) == {"python", *PACKAGES}
     assert {path.name for path in directory.iterdir()} - {".lock"} == {
         "config.yaml",
         "overrides.json",
