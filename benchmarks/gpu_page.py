@@ -214,7 +214,7 @@ What bounds each phase, first variant:
 
 What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no
 estimate. Tensors are what PyTorch's allocator counts on a GPU; on a CPU they are counted operator by operator, in a run
-of its own. Resident memory of the CPU run has the libraries' buffers in it, and what the C library keeps of freed memory.
+of its own. Resident memory of the CPU run has the libraries' buffers in it, and freed memory that the C library keeps.
 
 | variant | engine | phase | estimated GB | tensors GB | difference | resident GB | difference |
 |---|---|---|---:|---:|---:|---:|---:|
