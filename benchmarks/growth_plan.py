@@ -64,7 +64,7 @@ class Scenario:
 
     Args:
         model: of policy, reference, reward model and critic alike.
-        full: whether all weights are trained; else LoRA of rank 16 on one base for all roles.
+        full: whether all weights are trained; else LoRA of rank 16, on one base for all roles where it is not split.
         gpus: that train.
         servers: further GPUs of vLLM; 0: the GPUs that train sample, too.
         rollouts: of an update.
@@ -82,7 +82,13 @@ class Scenario:
     def name(self) -> str:
         """Return it in words."""
         extra = f" + {self.servers} of vLLM" if self.servers else ""
-        return f"{self.model.name}, {'full' if self.full else 'LoRA, one base'}, {self.gpus} GPU{extra}"
+        how = "full" if self.full else "LoRA, one base" if self.bases == 1 else "LoRA"
+        return f"{self.model.name}, {how}, {self.gpus} GPU{extra}"
+
+    @property
+    def bases(self) -> int:
+        """Return how many models are only read: with LoRA, those of policy and reference, reward model, critic."""
+        return 2 if self.full else 1 if self.gpus == 1 else 3
 
     @property
     def link(self) -> float:
@@ -115,14 +121,16 @@ SCENARIOS = (
 
 
 def memory(one: Scenario) -> dict[str, float]:
-    """Return the bytes on each training GPU: while training, of the cache while sampling, and while loading."""
+    """Return the bytes on each training GPU while training, of the cache while sampling, and while loading.
+
+    And `host`: of the largest model, where it is read: on one machine, outside of its GPUs.
+    """
     model, tokens = one.model, one.micro_batch * (PROMPT + RESPONSE)
-    frozen, trained = (0, 2 * model.weights) if one.full else (model.weights, 2 * one.adapter)
-    frozen += 2 * model.weights if one.full else 0  # reference and reward model; else adapters on the base
+    trained = 2 * (model.weights if one.full else one.adapter)
     gathered = 2 * model.layer + model.embedding  # the layer at work, the next one, and embedding or head
     layer_at_work = tokens * (10 * model.width + 3 * model.inner) * BF16
     found = {
-        "frozen": frozen * BF16 / one.gpus,
+        "frozen": one.bases * model.weights * BF16 / one.gpus,
         "weights": trained * FP32 / one.gpus,
         "gradients": trained * FP32 / one.gpus,
         "AdamW": trained * ADAM / one.gpus,
@@ -132,8 +140,10 @@ def memory(one: Scenario) -> dict[str, float]:
     }
     found["training"] = sum(found.values())
     found["cache"] = 0.0 if one.servers else one.rollouts / one.gpus * (PROMPT + RESPONSE) * model.cache
-    # Before anything is split: policy and critic in float32 and the reference; on one base, that alone.
-    found["loading"] = model.weights * ((2 * FP32 + BF16) if one.full else BF16)
+    # Weights come a layer, or the embedding, at a time, from the memory of the one process that has read them.
+    size = FP32 if one.full else BF16
+    found["loading"] = found["frozen"] + found["weights"] + max(model.layer, model.embedding) * size * (one.gpus > 1)
+    found["host"] = float(model.weights * size)
     return found
 
 
@@ -203,8 +213,7 @@ def tables() -> str:
 def _fits(one: Scenario) -> dict[str, str]:
     found = memory(one)
     sampling = found["cache"] + sum(found[name] for name in ("frozen", "weights", "AdamW", "gathered"))
-    sizes = {"trains": max(found["training"], sampling), "loads": found["loading"]}
-    return {f"{what} in {MEMORY / GB:.0f} GB": "yes" if size < 0.9 * MEMORY else "no" for what, size in sizes.items()}
+    return {f"fits in {MEMORY / GB:.0f} GB": "yes" if max(found["training"], sampling) < 0.9 * MEMORY else "no"}
 
 
 def _speed(one: Scenario) -> dict[str, str]:

@@ -55,12 +55,8 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_prior("reward", cfg.reward)
     if hasattr(cfg, "algo"):
         _check_prior("algo.constraint", cfg.algo.constraint)
-    if getattr(cfg.model, "share_base", False) and getattr(getattr(cfg, "reward", None), "name", "") == "warm":
-        raise ConfigError(
-            "reward=warm does not go with model.share_base=true",
-            "It averages whole models, not adapters",
-            "Use model.share_base=false",
-        )
+    if getattr(cfg.model, "share_base", False):
+        _check_shared(cfg)
     if isinstance(getattr(cfg, "algo", None), OnlineAlgoConfig):
         _check_online(cfg.algo, cfg.trainer.online)
     if hasattr(cfg, "generation"):
@@ -95,6 +91,21 @@ def _check_model(model: ModelConfig, peft: PeftConfig) -> None:
             "model.share_base=true does not go with a reward model on another base",
             needed,
             "Use model.reward_path=null model.reward_start=sft",
+        )
+
+
+def _check_shared(cfg: Any) -> None:
+    if getattr(getattr(cfg, "reward", None), "name", "") == "warm":
+        raise ConfigError(
+            "reward=warm does not go with model.share_base=true",
+            "It averages whole models, not adapters",
+            "Use model.share_base=false",
+        )
+    if getattr(cfg.launch, "strategy", "ddp") != "ddp":
+        raise ConfigError(
+            f"launch.strategy={cfg.launch.strategy} does not go with model.share_base=true",
+            "The roles' adapters are stepped apart, and would lie in one model that is split",
+            "Use launch.strategy=ddp, or model.share_base=false",
         )
 
 

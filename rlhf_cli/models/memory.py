@@ -109,6 +109,15 @@ class Estimate:
     roles: list[RoleMemory]
     phases: list[PhaseMemory]
 
+    def over(self, processes: int) -> Estimate:
+        """Return what one of several processes takes that hold a part each of weights, gradients and AdamW."""
+        roles = [
+            replace(role, **{name: getattr(role, name) / processes for name in ("weights", "optimiser", "gradients")})
+            for role in self.roles
+        ]
+        phases = [replace(phase, gradients=phase.gradients / processes) for phase in self.phases]
+        return replace(self, roles=roles, phases=phases)
+
     @property
     def largest(self) -> PhaseMemory:
         """Return the phase that takes the most."""

@@ -84,7 +84,7 @@ def report(cfg: CommandConfig, stages: list[str]) -> list[str]:
     """Return the lines that are printed for `stages`: one where the model is made here, else a table of the largest."""
     device = frozen(cfg).device
     policy, reward = shapes(cfg)
-    found = {stage: estimate(plan_of(cfg, stage), policy, reward) for stage in stages}
+    found = {stage: _estimate(plan_of(cfg, stage), policy, reward) for stage in stages}
     largest = max(found.values(), key=lambda one: one.total)
     free = free_memory(device)
     fits = largest.total <= free
@@ -133,13 +133,13 @@ def remedies(cfg: CommandConfig, found: Estimate, free: float) -> dict[str, floa
     start = together = plan_of(cfg, found.stage)
     totals: dict[str, float] = {}
     for setting, change in _changes(cfg, found):
-        total = estimate(change(start), policy, reward).total
+        total = _estimate(change(start), policy, reward).total
         if total >= WORTH * found.total:
             continue
         totals[setting], together = total, change(together)
         if total <= free:
             return totals
-        all_of_them = estimate(together, policy, reward).total if len(totals) > 1 else total
+        all_of_them = _estimate(together, policy, reward).total if len(totals) > 1 else total
         if all_of_them <= free:
             words = dict.fromkeys(" ".join(totals).split())  # peft=lora once
             return {**totals, " ".join(words): all_of_them}
@@ -160,7 +160,7 @@ def _changes(cfg: CommandConfig, found: Estimate) -> Iterator[tuple[str, Callabl
     adapters = plan.how.adapters or _default_adapters()
     if plan.how.adapters is None and cfg.model.path is not None:
         yield "peft=lora", lambda one: replace(one, how=replace(one.how, adapters=adapters))
-    if stage == "online" and cfg.model.path is not None and not plan.share_base and _one_base(cfg):
+    if stage == "online" and cfg.model.path is not None and not plan.share_base and _one_base(cfg) and not _splits():
         yield (
             "model.share_base=true" if plan.how.adapters else "peft=lora model.share_base=true",
             lambda one: replace(one, how=replace(one.how, adapters=adapters), share_base=True),
@@ -170,6 +170,15 @@ def _changes(cfg: CommandConfig, found: Estimate) -> Iterator[tuple[str, Callabl
             "peft=qlora",
             lambda one: replace(one, how=replace(one.how, adapters=adapters), weight_bytes=FOUR_BITS_DOUBLE),
         )
+
+
+def _estimate(plan: Plan, policy: ModelShape, reward: ModelShape | None) -> Estimate:
+    found = estimate(plan, policy, reward)
+    return found.over(ranks.world()) if _splits() else found
+
+
+def _splits() -> bool:
+    return ranks.strategy() in ranks.SHARDING
 
 
 def _default_adapters() -> Adapters:

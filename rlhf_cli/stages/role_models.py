@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_cli import ranks
 from rlhf_cli.config.schema import AlignConfig, LoraConfig
 from rlhf_cli.data.rows import PreferenceData
-from rlhf_cli.errors import RunError
 from rlhf_cli.models.adapters import (
     WithoutAdapter,
     adapter_base,
@@ -74,12 +72,6 @@ def training_models(cfg: AlignConfig, roles: Roles, data: PreferenceData, tokeni
     policy = adapted(cfg, policy, roles.reference)
     count, share = trained_size(policy)
     say(f"policy: adapter of {count:,} parameters ({share:.2%}) on the reference")
-    if cfg.model.share_base and ranks.world() > 1 and ranks.strategy() != "ddp":
-        raise RunError(
-            f"model.share_base=true does not go with launch.strategy={ranks.strategy()}",
-            "adapters that are stepped apart would lie in one sharded model",
-            "use launch.strategy=ddp, or model.share_base=false",
-        )
     shared = SharedBase(policy, roles.reference) if cfg.model.share_base else None
     if shared is not None and roles.rewards:
         (folder,) = roles.rewards  # rules.py has refused reward models that are several, or averaged

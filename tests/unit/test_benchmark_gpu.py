@@ -169,7 +169,10 @@ def test_memory_and_traffic_by_hand() -> None:
     found = plan.memory(one)
     states = [found[name] for name in ("frozen", "weights", "gradients", "AdamW")]
     assert states == [2 * 70 * 2 / 2, 2 * 70 * 4 / 2, 2 * 70 * 4 / 2, 2 * 70 * 8 / 2]  # 36 bytes a weight, halved
-    assert found["loading"] == 70 * 10
+    assert found["loading"] == (2 * 70 * 2 + 2 * 70 * 4) / 2 + 42 * 4, "parts, and a layer on its way"
+    assert found["host"] == 70 * 4
+    lora = [plan.Scenario(model, full=False, gpus=gpus, servers=0, rollouts=8, micro_batch=2) for gpus in (1, 2)]
+    assert [plan.memory(one)["frozen"] for one in lora] == [70 * 2, 3 * 70 * 2 / 2], "what is split has no shared base"
     moved = plan.link_bytes(one)  # two micro-batches on each of two GPUs; half of the weights come from the other
     half = 70 * 2 / 2
     assert moved == {"read": 8 * half, "train": 8 * half, "gradients": 4 * half, "sample": 256 * half, "to vLLM": 0.0}

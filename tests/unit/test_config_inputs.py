@@ -103,6 +103,10 @@ def test_a_mixture_is_of_yaml_and_of_paths() -> None:
         ("model.share_base=true", r"share_base=true needs adapters.*peft=lora"),
         ("peft=lora model.share_base=true model.reward_path=x", r"does not go with a reward model on another base"),
         ("peft=lora model.share_base=true reward=warm", r"reward=warm does not go with model\.share_base"),
+        (
+            "peft=lora model.share_base=true launch=accelerate launch.strategy=fsdp2",
+            r"^launch\.strategy=fsdp2 does not go with model\.share_base=true.*launch\.strategy=ddp",
+        ),
         ("dataset=mixture dataset.parts=[tldr,survey]", r"dataset\.parts has survey, which cannot be mixed"),
         ("dataset=mixture dataset.weights=[1]", r"2 datasets and dataset\.weights 1 numbers"),
         ("dataset=mixture dataset.weights=[1,-1]", r"a weight that is not a number > 0"),

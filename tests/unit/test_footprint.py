@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, OPTConfig
 
+from rlhf_cli import ranks
 from rlhf_cli.config import compose
 from rlhf_cli.errors import RunError
 from rlhf_cli.models import dry_run
@@ -143,6 +145,22 @@ def test_each_remedy_does_what_is_said_of_it(model: Path) -> None:
         assert total(config("align", *own(model, *setting.split())), "online") == pytest.approx(told), setting
         assert told < everything
     assert list(found.values())[-1] <= 0.3 * everything
+
+
+def test_of_what_is_split_over_processes_each_is_told_its_part(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("align", *own(model, "trainer.online.batch_size=64", "trainer.online.micro_batch_size=4"))
+    plan = replace(plan_of(cfg, "online"), rollouts=16)  # of each of four processes
+    found = footprint.estimate(plan, *shapes(cfg))
+    monkeypatch.setenv(ranks.LAUNCHED, "1")
+    monkeypatch.setenv(ranks.STRATEGY, "fsdp2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(footprint, "plan_of", lambda cfg, stage: plan)
+    part = found.held / 4 + max(phase.total - 0.75 * phase.gradients for phase in found.phases)
+    assert report(cfg, ["online"])[0] == f"memory, GB: online {part / GB:.1f}"
+    assert not any("share_base" in setting for setting in remedies(cfg, found, free=0)), "it goes with ddp alone"
+    monkeypatch.setenv(ranks.STRATEGY, "ddp")
+    assert report(cfg, ["online"])[0] == f"memory, GB: online {found.total / GB:.1f}"
+    assert any("share_base" in setting for setting in remedies(cfg, found, free=0))
 
 
 def test_an_architecture_that_cannot_be_estimated_stops_nothing(

@@ -227,7 +227,7 @@ def test_ranks_of_another_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) 
                 "ACCELERATE_USE_FSDP": "true",
                 "FSDP_VERSION": "2",
                 "FSDP_RESHARD_AFTER_FORWARD": "true",
-                "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+                "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
                 "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
                 "FSDP_OFFLOAD_PARAMS": "false",
             },
