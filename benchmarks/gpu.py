@@ -127,7 +127,7 @@ def read(variant: str, engine: str, report: dict[str, Any]) -> Measured | str:
         return str(report["refused"])
     device = Limits(**report["device"])
     updates = report["updates"]
-    work = [arithmetic(report, rows) for rows in report["rows"]]
+    work = [arithmetic({**report, "engine": engine}, rows) for rows in report["rows"]]
     found = []
     for phase in PHASES:
         took = [update[phase] for update in updates]
@@ -155,9 +155,9 @@ def arithmetic(report: dict[str, Any], rows: Sequence[Sequence[int]]) -> dict[st
     policy, values = Body.of(policy_shape, adapters), Body.of(reward_shape or policy_shape, adapters)
     whole = [(prompt, response) for prompt, response in rows]
     size = 2 if report["dtype"] == "bfloat16" else 4
-    update = Update(
-        whole, report["micro_batch"], report["epochs"], report["steps"], size, casts=size == 2 and adapters is None
-    )
+    counted = {name: report[name] for name in ("micro_batch", "epochs", "steps")}
+    casts = size == 2 and adapters is None
+    update = Update(whole, **counted, number_bytes=size, casts=casts, engine=report["engine"])
     return {
         "tokens": dict(tokens(update)),
         "flops": flops(policy, values, update),

@@ -27,6 +27,7 @@ from rlhf_cli.models.shapes import POLICY, Adapters, ModelShape, skeleton
 
 GENERATE, SCORE, LOGPS, UPDATE, REST = "generate", "score", "log-probs", "update", "rest"
 PHASES = (GENERATE, SCORE, LOGPS, UPDATE)
+MASTER = 4  # bytes of a weight that is trained, and of its gradient
 ADAM_TRAFFIC = 28  # bytes a weight and step: weight, gradient and two moments read, all but the gradient written
 # Dense bfloat16 FLOP/s and bytes/s of memory by the name that PyTorch gives, from the makers' data sheets.
 DATA_SHEETS = {
@@ -107,6 +108,7 @@ class Update:
         steps: optimizer steps.
         number_bytes: of the number format of computation.
         casts: whether the trained weights are held in float32 and computed with in another format.
+        engine: that samples.
     """
 
     rows: Sequence[tuple[int, int]]
@@ -115,6 +117,7 @@ class Update:
     steps: int
     number_bytes: int
     casts: bool
+    engine: str = "default"
 
     @property
     def prompt_tokens(self) -> int:
@@ -165,28 +168,33 @@ def flops(policy: Body, values: Body, update: Update) -> dict[str, float]:
 
 def traffic(policy: Body, values: Body, update: Update) -> dict[str, float]:
     """Return the bytes that each phase moves to and from memory at least."""
-    size, number = update.number_bytes, len(update.rows)
-    weight = 4 + 2 * size if update.casts else size  # read, written in the other format, read
-    forwards = -(-number // update.micro_batch)
+    size, forwards = update.number_bytes, -(-len(update.rows) // update.micro_batch)
+    cast = MASTER + size if update.casts else 0  # bytes of a weight: read, and written in the other format
     steps = max(response for _, response in update.rows)
     passing = update.tokens * size
     logits = sum(response + 1 for _, response in update.rows) * policy.vocab_size * (size + 8)  # and float32, twice
     of_policy, of_values = policy.linear + policy.head, values.linear
-    scored = forwards * of_values * size + passing * values.passing
-    learned = forwards * weight * (of_policy + of_values) + passing * (policy.passing + values.passing) + logits
+    sampled = MASTER if update.casts and update.engine == "continuous" else size  # in the format of the weights
+    once = 0 if update.engine in ("continuous", "vllm") else cast
+    # A micro-batch casts, reads forward and backward, and adds to gradients in float32, those of adapters aside.
+    learned = cast + 2 * size
+    summed = [0 if body.adapter else 2 * MASTER for body in (policy, values)]
     trained = (policy.adapter or of_policy) + (values.adapter or of_values)
     return {
-        GENERATE: steps * of_policy * weight + passing * policy.passing + cache_traffic(policy, update),
-        SCORE: scored,
-        LOGPS: forwards * of_policy * (weight + size) + 2 * passing * policy.passing + 2 * logits
-        + forwards * of_values * weight + passing * values.passing,
-        UPDATE: 3 * update.epochs * learned + ADAM_TRAFFIC * update.steps * trained,
+        GENERATE: of_policy * (steps * sampled + once) + passing * policy.passing + cache_traffic(policy, update),
+        SCORE: forwards * of_values * size + passing * values.passing,
+        LOGPS: (of_policy + of_values) * cast + forwards * (2 * of_policy + of_values) * size
+        + passing * (2 * policy.passing + values.passing) + 2 * logits,
+        UPDATE: update.epochs * forwards * (of_policy * (learned + summed[0]) + of_values * (learned + summed[1]))
+        + 3 * update.epochs * (passing * (policy.passing + values.passing) + logits)
+        + ADAM_TRAFFIC * update.steps * trained,
     }  # fmt: skip
 
 
 def cache_traffic(policy: Body, update: Update) -> float:
     """Return the bytes of keys and values that attention reads while responses are sampled."""
-    token = 2 * policy.layers * policy.cache_width * update.number_bytes
+    size = MASTER if update.casts and update.engine == "continuous" else update.number_bytes
+    token = 2 * policy.layers * policy.cache_width * size
     return token * sum((t - 1) * p + t * (t - 1) / 2 for p, t in update.rows)  # p + 1, …, p + t - 1 of them
 
 

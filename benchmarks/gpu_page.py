@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_arithmetic import GENERATE, LOGPS, SCORE, UPDATE, Limits
@@ -86,7 +86,7 @@ class Measured:
 
 def page(found: Sequence[Measured | tuple[str, str]], size: Size, *, dry: bool) -> str:
     """Return the page: of each variant with each engine, and a line for each engine that cannot work."""
-    measured = [one for one in found if isinstance(one, Measured)]
+    measured = _on_one_device([one for one in found if isinstance(one, Measured)])
     missing = [f"- `generation={one[0]}`: {one[1]}" for one in found if not isinstance(one, Measured)]
     first = measured[0]
     return TEXT.format(
@@ -103,6 +103,12 @@ def page(found: Sequence[Measured | tuple[str, str]], size: Size, *, dry: bool) 
         memory="\n".join(_memory(one, row) for one in measured for row in one.rows if row.estimated is not None),
         bounds="\n".join(f"- **{row.phase}**: {_why(row, first)}" for row in first.rows),
     )  # fmt: skip
+
+
+def _on_one_device(found: Sequence[Measured]) -> list[Measured]:
+    """Return what was measured, all of it beside the best that the device did in any of the processes."""
+    best = {name: max(getattr(one.limits, name) for one in found) for name in ("peak", "bandwidth", "matmul", "copy")}
+    return [replace(one, limits=replace(one.limits, **best)) for one in found]
 
 
 def bound(row: Row, limits: Limits) -> tuple[str, float]:

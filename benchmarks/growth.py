@@ -3,13 +3,16 @@
     python benchmarks/growth.py ranks    # one and two processes; writes benchmarks/results/growth.md
     python benchmarks/growth.py plan     # writes the tables of benchmarks/growth_plan.py into docs/growth.md
 
-Two processes on one CPU are no faster than one: what is shown is that they do the same, and what the second costs.
+A process has one thread, so a second one is a second core. One and two processes take turns, for the machine is not
+equally fast all the time.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,7 @@ HERE = Path(__file__).parent
 RESULT, PAGE = HERE / "results" / "growth.md", HERE.parent / "docs" / "growth.md"
 BEGIN, END = "<!-- tables: python benchmarks/growth.py plan -->", "<!-- end of tables -->"
 STEPS, WARM = 40, 10  # optimizer steps; the first ones are not timed
+TURNS = 3
 LOOK = 0.1  # seconds between looks
 JOBS = {"pm": "online", "dpo": "pairwise"}  # algorithm, the trainer's block
 MB = 1e6
@@ -56,6 +60,7 @@ def command(algo: str, processes: int, folder: Path) -> list[str]:
 
 def measured(algo: str, processes: int, folder: Path) -> Measured:
     """Return what an alignment takes; SFT policy and reward model are in the store, or made first."""
+    shutil.rmtree(folder / f"{algo}-{processes}", ignore_errors=True)  # of the turn before
     asked = command(algo, processes, folder)
     run = folder / f"{algo}-{processes}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
@@ -114,12 +119,17 @@ def difference(one: dict[str, float], other: dict[str, float]) -> float:
     return max(abs(one[key] - other[key]) for key in keys)
 
 
-def row(algo: str, processes: int, found: Measured, single: Measured) -> str:
-    """Return a line of the table."""
-    memory = " + ".join(f"{size / MB:.0f}" for size in found.peaks)
-    beside = "–" if found is single else f"{difference(single.metrics, found.metrics):.1e}"
-    cells = [f"`{algo}`", str(processes), f"{1000 * found.seconds:.0f}", f"{found.seconds / single.seconds:.2f}"]
-    cells += [memory, f"{found.metrics['pm/tv']:.4f}", beside]
+def row(algo: str, processes: int, turns: Sequence[Measured], single: Sequence[Measured]) -> str:
+    """Return a line of the table: medians over the turns, the quotient of each turn's two in brackets."""
+    seconds, first = statistics.median(turn.seconds for turn in turns), turns[0]
+    memory = " + ".join(f"{size / MB:.0f}" for size in first.peaks)
+    beside = "–" if turns is single else f"{difference(single[0].metrics, first.metrics):.1e}"
+    quotients = [found.seconds / one.seconds for found, one in zip(turns, single, strict=True)]
+    shown = (
+        "1" if turns is single else f"{statistics.median(quotients):.2f} ({min(quotients):.2f}–{max(quotients):.2f})"
+    )
+    cells = [f"`{algo}`", str(processes), f"{1000 * seconds:.0f}", shown, memory]
+    cells += [f"{first.metrics['pm/tv']:.4f}", beside]
     return f"| {' | '.join(cells)} |"
 
 
@@ -128,16 +138,19 @@ def ranks() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for algo in JOBS:
-            single = measured(algo, 1, Path(scratch))
-            for processes, found in ((1, single), (2, measured(algo, 2, Path(scratch)))):
-                rows.append(row(algo, processes, found, single))
-                print(rows[-1], flush=True)
+            measured(algo, 1, Path(scratch))  # trains SFT policy and reward model
+            turns = [[measured(algo, processes, Path(scratch)) for processes in (1, 2)] for _ in range(TURNS)]
+            single, double = ([turn[place] for turn in turns] for place in (0, 1))
+            rows += [row(algo, 1, single, single), row(algo, 2, double, single)]
+            print(*rows[-2:], sep="\n", flush=True)
     RESULT.write_text(page(rows), encoding="utf-8")
 
 
 def page(rows: Sequence[str]) -> str:
     """Return the page of the measurement."""
-    return TEXT.format(rows="\n".join(rows), cores=os.cpu_count(), steps=STEPS - WARM, load=os.getloadavg()[1])
+    return TEXT.format(
+        rows="\n".join(rows), cores=os.cpu_count(), steps=STEPS - WARM, load=os.getloadavg()[1], turns=TURNS
+    )
 
 
 def planned(text: str) -> str:
@@ -156,8 +169,9 @@ def planned(text: str) -> str:
 TEXT = """# One process and two, on one CPU
 
 `rlhf align algo=… experiment=quick device=cpu`, alone and with `launch=accelerate launch.processes=2` (DDP over gloo),
-one thread a process, {cores} cores; load average {load:.1f}. Seconds are means over {steps} optimizer steps of the same
-global batch; memory is the largest resident memory of each process that trains, that of the libraries included.
+one thread a process, {cores} cores; load average {load:.1f} at the end. Seconds are means over {steps} optimizer
+steps of the same global batch, medians of {turns} turns of one process and then two; memory is the largest resident
+memory of each process that trains, that of the libraries included.
 
 | `algo=` | processes | ms a step | beside one process | MB a process | pm/tv | largest difference of the metrics |
 |---|---:|---:|---:|---|---:|---:|

@@ -29,8 +29,8 @@ def main() -> None:
         _print_into(scratch / f"rank-{ranks.rank()}.log")
     try:
         folder = _stage(json.loads((scratch / "job.json").read_text(encoding="utf-8")))
-        ranks.barrier()  # one that is done leaves none alone that still computes
-        failures.leave(scratch, {"failure": None, "run_dir": str(folder)})
+        of_main = ranks.gather(str(folder))[0]  # one that is done waits: it leaves none alone that still computes
+        failures.leave(scratch, {"failure": None, "run_dir": of_main})
         ranks.disconnect()
     except Exception as error:
         failures.leave(scratch, failures.described(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rlhf_cli import ranks
 from rlhf_cli.config.inputs import ChoiceColumns, ChoicesConfig
 from rlhf_cli.config.launching import check_launch
 from rlhf_cli.config.schema import (
@@ -61,6 +62,7 @@ def check_rules(command: str, cfg: Any) -> None:
         _check_online(cfg.algo, cfg.trainer.online)
     if hasattr(cfg, "generation"):
         _check_generation(cfg.generation, cfg.dataset, cfg.peft)
+        _check_split(cfg.generation, cfg.launch)
     check_launch(cfg.launch, cfg.device)
 
 
@@ -180,6 +182,16 @@ def _check_generation(generation: GenerationConfig, dataset: DatasetConfig, peft
             "generation=vllm does not go with peft=qlora",
             "To send vLLM a policy its adapter is added to the base, and a base in few bits would be rounded each time",
             "Use peft=lora, or generation=default or continuous",
+        )
+
+
+def _check_split(generation: GenerationConfig, launch: Any) -> None:
+    strategy = getattr(launch, "strategy", "ddp")
+    if generation.engine == "continuous" and strategy in ranks.SHARDING:
+        raise ConfigError(
+            f"generation=continuous does not go with launch.strategy={strategy}",
+            "Each process makes as many forward passes as its own responses need, and split weights need all of them",
+            "Use generation=default or vllm",
         )
 
 

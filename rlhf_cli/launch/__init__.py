@@ -71,6 +71,6 @@ def submit(command: str, cfg: CommandConfig, overrides: list[str], config_dir: P
 
     words = [*overrides, *([] if config_dir is None else ["--config-dir", str(config_dir.resolve())])]
     if isinstance(cfg.launch, SlurmConfig):
-        return slurm.submit(command, words, cfg.launch)
+        return slurm.submit(command, words, cfg.launch, cfg.device)
     assert isinstance(cfg.launch, RayConfig)
-    return ray.submit(command, words, cfg.launch)
+    return ray.submit(command, words, cfg.launch, cfg.device)

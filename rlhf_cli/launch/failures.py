@@ -64,7 +64,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def settle(scratch: Path, exits: dict[int, Exit], *, machines: int) -> str:
-    """Return the run folder that rank 0 names, or "" on another machine than its own.
+    """Return the run folder, which rank 0 has told the others.
 
     Args:
         scratch: where the ranks of this machine left their outcomes.
@@ -78,7 +78,7 @@ def settle(scratch: Path, exits: dict[int, Exit], *, machines: int) -> str:
     left = {int(file.stem[5:]): json.loads(file.read_text(encoding="utf-8")) for file in scratch.glob("rank-*.json")}
     failed = {rank: outcome for rank, outcome in left.items() if outcome.get("failure")}
     if not exits and not failed:
-        return str(left.get(0, {}).get("run_dir", ""))
+        return str(next(iter(left.values()))["run_dir"])
     silent = {rank: found for rank, found in exits.items() if rank not in failed}
     first = min([found.time for found in exits.values()], default=0.0)
     order = sorted(

@@ -26,11 +26,11 @@ def command_line(command: str, words: list[str]) -> str:
     return shlex.join([sys.executable, "-m", "rlhf_cli.cli", command, *here(words)])
 
 
-def script(command: str, words: list[str], launch: SlurmConfig) -> str:
+def script(command: str, words: list[str], launch: SlurmConfig, device: str) -> str:
     """Return the sbatch script: one task a machine, which starts that machine's ranks."""
     alone = launch.processes * launch.machines == 1
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(command, launch)), "set -euo pipefail"]
-    lines += launch.setup
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(command, launch, device))]
+    lines += ["set -eo pipefail", *launch.setup]  # no -u: scripts that activate an environment read unset variables
     asked = "launch=local" if alone else f"launch=accelerate launch.processes={launch.processes}"
     asked += "" if alone else f" launch.strategy={launch.strategy}"
     job = f"{command_line(command, words)} {asked}"
@@ -39,32 +39,37 @@ def script(command: str, words: list[str], launch: SlurmConfig) -> str:
         job += f" launch.machines={launch.machines} launch.machine_rank=$SLURM_NODEID"
         job += " launch.main_address=$head launch.main_port=$port"
         job = f"bash -c {shlex.quote('exec ' + job)}"
-    lines += [f"srun --kill-on-bad-exit=1 {job}"]
+    # srun does not take over the cores of the job by itself (Slurm 22.05 on).
+    lines += [f"srun --kill-on-bad-exit=1 --cpus-per-task={_cores(launch)} {job}"]
     return "\n".join(lines) + "\n"
 
 
-def _options(command: str, launch: SlurmConfig) -> list[str]:
+def _cores(launch: SlurmConfig) -> int:
+    return launch.processes * launch.cpus_per_process
+
+
+def _options(command: str, launch: SlurmConfig, device: str) -> list[str]:
     given = {"partition": launch.partition, "account": launch.account, "mem": launch.memory}
     return [
         f"--job-name=rlhf-{command}",
         f"--nodes={launch.machines}",
         "--ntasks-per-node=1",
-        f"--gpus-per-node={launch.processes}",
-        f"--cpus-per-task={launch.processes * launch.cpus_per_process}",
+        *([] if device == "cpu" else [f"--gpus-per-node={launch.processes}"]),
+        f"--cpus-per-task={_cores(launch)}",
         f"--time={launch.time}",
-        f"--output={launch.log_dir}/%j.log",
+        f"--output={shlex.quote(launch.log_dir)}/%j.log",
         *(f"--{name}={value}" for name, value in given.items() if value is not None),
         *launch.options,
     ]
 
 
-def submit(command: str, words: list[str], launch: SlurmConfig) -> str:
+def submit(command: str, words: list[str], launch: SlurmConfig, device: str) -> str:
     """Queue the job, or only show its script, and return what to tell the user.
 
     Raises:
         RunError: there is no sbatch here, or it refuses the job.
     """
-    text = script(command, words, launch)
+    text = script(command, words, launch, device)
     if launch.dry_run:
         return text.rstrip()
     if shutil.which("sbatch") is None:

@@ -1,6 +1,7 @@
 """Models whose weights are split over the ranks, and how a whole one is read back.
 
-The policy is sharded by the trainer, through accelerate; the roles beside it (reference, reward, critic) here.
+Under FSDP2 every model is split here, as it is opened; accelerate leaves the policy as it is. Under ZeRO-3 DeepSpeed
+splits the policy, and the roles beside it (reference, reward, critic) are split here.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def _units(model: Any) -> list[tuple[Any, bool]]:
 class _Arrival:
     """Brings rank 0's weights to all ranks, those of a module at a time.
 
+    Other ranks forget theirs at once. They take over what rank 0's have in common, too: which weights are tied may
+    depend on whether they are equal, and without weights that cannot be seen.
+
     Args:
         model: whose weights they are.
         device: where they go.
@@ -77,18 +81,29 @@ class _Arrival:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.device = device
-        self.holders: dict[int, list[tuple[dict, str]]] = {}  # a tied weight has several
-        for part in model.modules():
+        places: dict[str, tuple[dict, str]] = {}
+        for prefix, part in model.named_modules(remove_duplicate=False):
             for held in (part._parameters, part._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None:
-                        self.holders.setdefault(id(tensor), []).append((held, name))
-        tensors = [*model.parameters(), *model.buffers()]
-        mine = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+                places |= {f"{prefix}.{key}": (held, key) for key, tensor in held.items() if tensor is not None}
+        first: dict[int, str] = {}
+        mine = {
+            name: (tuple(held[key].shape), held[key].dtype, first.setdefault(id(held[key]), name))
+            for name, (held, key) in places.items()
+        }
         theirs = ranks.broadcast(mine)
-        if [shape for shape, _ in mine] != [shape for shape, _ in theirs]:
-            raise RunError("a model has other shapes on another rank", "", "give all machines the same files")
-        self.formats = {id(tensor): dtype for tensor, (_, dtype) in zip(tensors, theirs, strict=True)}
+        if {name: shape for name, (shape, *_) in mine.items()} != {name: shape for name, (shape, *_) in theirs.items()}:
+            raise RunError("a model has other weights on another process", "", "give all machines the same files")
+        for name, (shape, dtype, one) in theirs.items() if not ranks.is_main() else ():
+            held, key = places[name]
+            if name != one:
+                held[key] = places[one][0][places[one][1]]
+            elif dtype.is_floating_point:
+                empty = torch.empty(shape, dtype=dtype, device="meta")
+                trained = isinstance(held[key], nn.Parameter)
+                held[key] = nn.Parameter(empty, held[key].requires_grad) if trained else empty
+        self.holders: dict[int, list[tuple[dict, str]]] = {}  # a tied weight has several
+        for held, key in places.values():
+            self.holders.setdefault(id(held[key]), []).append((held, key))
         for buffer in list(model.buffers()):
             self._bring(buffer)
 
@@ -103,7 +118,7 @@ class _Arrival:
         if ranks.is_main():
             value = tensor.detach().to(self.device).contiguous()
         else:
-            value = torch.empty(tensor.shape, dtype=self.formats[id(tensor)], device=self.device)
+            value = torch.empty_like(tensor, device=self.device)
         if value.numel():
             torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)  # the bits, whatever the format
         new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -132,11 +132,18 @@ def reading(model: Any) -> Iterator[None]:
 
 
 class AllRanks:
-    """Mixin: what is noted of training is logged as the mean over all ranks; each notes shares of equal weight."""
+    """Mixin: a policy may be split over ranks; what is noted of training is logged as the mean over all of them.
+
+    Each rank notes shares of equal weight.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _no_copy(kwargs["model"] if "model" in kwargs else args[0]):
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        with _no_copy(model):
             super().__init__(*args, **kwargs)
+        for weight in model.parameters() if isinstance(model, PeftModel) else ():
+            if weight.requires_grad:  # TRL casts adapters to bfloat16 over a quantised base
+                weight.data = weight.data.float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the trainer's numbers and the mean of what was noted since the last time."""
@@ -274,24 +281,12 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
     return trainer.state.global_step
 
 
-def without_reference_adapter(trainer: Any) -> None:
-    """Take out the copy of the adapter that TRL adds to a policy as its reference: ours is the base without any.
-
-    And bring back adapters in float32, which TRL casts to bfloat16 over a quantised base.
-    """
-    model = trainer.model
-    if not isinstance(model, PeftModel):
-        return
-    if TRL_REFERENCE in model.peft_config:
-        model.delete_adapter(TRL_REFERENCE)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-
-
 @contextmanager
 def _no_copy(model: Any) -> Iterator[None]:
-    """Within it, TRL takes a policy's adapter for its copy of it as reference; of a part it cannot make one."""
+    """Within it, TRL finds the adapter itself in place of the copy that it makes as reference.
+
+    Ours is the base without any, and of an adapter that is split over ranks there is no such copy.
+    """
     if not isinstance(model, PeftModel):
         yield
         return

@@ -31,7 +31,6 @@ from rlhf_cli.trainers.common import (
     WholeCheckpoints,
     reading,
     training_arguments,
-    without_reference_adapter,
 )
 from rlhf_cli.trainers.critic import CriticTraining
 from rlhf_cli.trainers.parts import OnlineParts
@@ -51,7 +50,6 @@ class OnlineTrainer(AllRanks, WholeCheckpoints, RLOOTrainer):
         self.cost_weight = parts.algo.beta  # RLOOTrainer.beta is 0: TRL must not load a reference of its own
         rows = cast(Dataset, self.train_dataset)
         self.prompt_ids = dict(zip(rows["prompt"], rows["prompt_ids"], strict=True))
-        without_reference_adapter(self)
         self.reference = parts.reference
         if isinstance(parts.reference, torch.nn.Module):  # else the policy without its adapter
             self.reference = self.accelerator.prepare_model(shard_if_asked(parts.reference), evaluation_mode=True)

@@ -22,7 +22,6 @@ from rlhf_cli.trainers.common import (
     WholeBatches,
     WholeCheckpoints,
     training_arguments,
-    without_reference_adapter,
 )
 
 
@@ -155,7 +154,6 @@ def pairwise_trainer(
         train_dataset=pairs if isinstance(pairs, Dataset) else Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
-    without_reference_adapter(trainer)
     trainer.reference = reference if view else trainer.ref_model
     trainer.algorithm, trainer.algo = algorithm, algo
     trainer.temperature, trainer.tree = temperature, tree

@@ -20,7 +20,6 @@ from rlhf_cli.trainers.common import (
     WholeBatches,
     WholeCheckpoints,
     training_arguments,
-    without_reference_adapter,
 )
 
 COLUMNS = ("label", "margin", "bound")
@@ -154,7 +153,6 @@ def reward_trainer(
         train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    without_reference_adapter(trainer)
     by_token(model)
     trainer.reward_loss, trainer.reward = loss, reward
     return trainer

@@ -14,7 +14,6 @@ from rlhf_cli.trainers.common import (
     WholeBatches,
     WholeCheckpoints,
     training_arguments,
-    without_reference_adapter,
 )
 
 
@@ -49,11 +48,7 @@ def sft_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
-    trainer = DemonstrationTrainer(
-        model, args, train_dataset=data.with_transform(_labelled), processing_class=tokenizer
-    )
-    without_reference_adapter(trainer)
-    return trainer
+    return DemonstrationTrainer(model, args, train_dataset=data.with_transform(_labelled), processing_class=tokenizer)
 
 
 def _labelled(columns: dict[str, list]) -> dict[str, list]:

@@ -84,6 +84,9 @@ def _opened(policy: Any, classifier: Any, batch: Any) -> dict[str, float]:
     kept = {"policy": policy, "reward": classifier, "deep": deep, "adapter": adapted}
     for name, model in kept.items() if ranks.is_main() else ():
         model.save_pretrained(folder / name)
+    if ranks.is_main():  # as OPT-350m is published: that its head is its embedding, only the weights show
+        (folder / "deep" / "model.safetensors").unlink()
+        torch.save(deep.state_dict(), folder / "deep" / "pytorch_model.bin")
     ranks.barrier()
     how, read = Loading(split=True), {"temperature": 1.0, "tree": None}
     before, most, _ = _watched(lambda: load_policy(folder / "deep", how=how))

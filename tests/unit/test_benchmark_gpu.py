@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,21 @@ import growth_plan as plan
 import pytest
 import torch
 from gpu import SMALL, VARIANTS, Size, arithmetic, estimated, prepared, read
-from gpu_arithmetic import GENERATE, LOGPS, PHASES, SCORE, UPDATE, Body, Limits, Update, cache_traffic, flops, tokens
+from gpu_arithmetic import (
+    ADAM_TRAFFIC,
+    GENERATE,
+    LOGPS,
+    PHASES,
+    SCORE,
+    UPDATE,
+    Body,
+    Limits,
+    Update,
+    cache_traffic,
+    flops,
+    tokens,
+    traffic,
+)  # fmt: skip
 from gpu_job import Phases, measure
 from gpu_page import Measured, Row, bound, page
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +85,23 @@ def test_flops_of_an_update_by_hand() -> None:
     assert cache_traffic(body, update) == 8 * (3 + 4)
 
 
+def test_weights_that_are_cast_are_cast_once_for_all_tokens_and_once_for_each_micro_batch() -> None:
+    # 16 weights of the policy, 10 of the values' body; two rollouts of two prompt and three response tokens, apart.
+    body = Body(linear=10, head=6, layers=1, width=1, cache_width=1, passing=0, vocab_size=0)
+    update = Update([(2, 3), (2, 3)], micro_batch=1, epochs=1, steps=1, number_bytes=2, casts=True)
+    cache = 2 * 2 * 2 * (3 + 4)  # keys and values of 2 bytes, two rollouts
+    found = traffic(body, body, update)
+    assert found[GENERATE] == 16 * (6 + 3 * 2) + cache
+    assert found[LOGPS] == 26 * 6 + 2 * 2 * (16 + 16 + 10)
+    assert found[UPDATE] == 2 * 26 * (6 + 2 + 2 + 8) + ADAM_TRAFFIC * 26
+    paged = replace(update, engine="continuous")
+    assert traffic(body, body, paged)[GENERATE] == 16 * 3 * 4 + 2 * cache
+    assert traffic(body, body, replace(update, engine="vllm"))[GENERATE] == 16 * 3 * 2 + cache
+    adapted = replace(body, adapter=1)
+    frozen = traffic(adapted, adapted, replace(update, casts=False))
+    assert frozen[UPDATE] == 2 * 26 * (2 + 2) + ADAM_TRAFFIC * 2
+
+
 def test_frozen_weights_have_no_gradient_of_their_own() -> None:
     body = Body(linear=10, head=6, layers=1, width=1, cache_width=1, passing=0, vocab_size=3, adapter=1)
     assert body.forward(5, read=4) == 2 * 11 * 5 + 2 * 6 * 4 + 60
@@ -114,7 +146,7 @@ def test_the_dry_run_measures_every_phase(report: dict[str, Any]) -> None:
     assert all(10 <= prompt <= 24 and 1 <= response <= 8 for prompt, response in rows)
     assert 0.5 * found.seconds < sum(row.seconds for row in found.rows) < found.seconds
     assert all(0 < row.seconds < found.seconds for row in found.rows)
-    work = arithmetic(report, rows)
+    work = arithmetic({**report, "engine": "default"}, rows)
     assert [row.flops for row in found.rows] == [int(work["flops"][phase]) for phase in PHASES]
     assert found.rows[0].tokens == sum(response for _, response in rows)
     assert found.rows[3].estimated is not None

@@ -107,6 +107,10 @@ def test_a_mixture_is_of_yaml_and_of_paths() -> None:
             "peft=lora model.share_base=true launch=accelerate launch.strategy=fsdp2",
             r"^launch\.strategy=fsdp2 does not go with model\.share_base=true.*launch\.strategy=ddp",
         ),
+        (
+            "algo=pm generation=continuous launch=accelerate launch.strategy=zero3",
+            r"^generation=continuous does not go with launch\.strategy=zero3.*generation=default or vllm",
+        ),
         ("dataset=mixture dataset.parts=[tldr,survey]", r"dataset\.parts has survey, which cannot be mixed"),
         ("dataset=mixture dataset.weights=[1]", r"2 datasets and dataset\.weights 1 numbers"),
         ("dataset=mixture dataset.weights=[1,-1]", r"a weight that is not a number > 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from typer.testing import Result
 
 from rlhf_cli import ranks
+from rlhf_cli.config.launching import RayConfig
+from rlhf_cli.launch import ray
 
 MULTI = """#!/bin/bash
 #SBATCH --job-name=rlhf-align
@@ -23,13 +26,13 @@ MULTI = """#!/bin/bash
 #SBATCH --output=runs/slurm/%j.log
 #SBATCH --partition=gpu
 #SBATCH --qos=high
-set -euo pipefail
+set -eo pipefail
 module load cuda
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 export head port
-srun --kill-on-bad-exit=1 bash -c 'exec PYTHON -m rlhf_cli.cli align algo=pm peft=lora launch=accelerate \
-launch.processes=8 launch.strategy=fsdp2 launch.machines=2 launch.machine_rank=$SLURM_NODEID \
+srun --kill-on-bad-exit=1 --cpus-per-task=64 bash -c 'exec PYTHON -m rlhf_cli.cli align algo=pm peft=lora \
+launch=accelerate launch.processes=8 launch.strategy=fsdp2 launch.machines=2 launch.machine_rank=$SLURM_NODEID \
 launch.main_address=$head launch.main_port=$port'
 """
 ONE = """#!/bin/bash
@@ -40,8 +43,8 @@ ONE = """#!/bin/bash
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --output=runs/slurm/%j.log
-set -euo pipefail
-srun --kill-on-bad-exit=1 PYTHON -m rlhf_cli.cli train-sft 'tracker.tags=[a,b]' launch=local
+set -eo pipefail
+srun --kill-on-bad-exit=1 --cpus-per-task=8 PYTHON -m rlhf_cli.cli train-sft 'tracker.tags=[a,b]' launch=local
 """
 
 
@@ -72,6 +75,13 @@ def test_a_slurm_script_for_several_machines(rlhf: Callable[..., Result]) -> Non
 def test_a_slurm_script_for_one_gpu_starts_no_ranks(rlhf: Callable[..., Result]) -> None:
     result = rlhf("train-sft", "tracker.tags=[a,b]", "launch=slurm", "launch.dry_run=true")
     assert result.stdout == ONE
+
+
+def test_a_job_without_gpus_asks_for_none(rlhf: Callable[..., Result]) -> None:
+    result = rlhf("train-sft", "device=cpu", "launch=slurm", "launch.log_dir=my logs", "launch.dry_run=true")
+    assert "gpus" not in result.stdout
+    assert "#SBATCH --output='my logs'/%j.log\n" in result.stdout
+    assert "--entrypoint-num-gpus=0 " in rlhf("train-sft", "device=cpu", "launch=ray", "launch.dry_run=true").stdout
 
 
 def test_a_submission_names_the_job_and_its_log(
@@ -112,6 +122,18 @@ def test_a_ray_job_is_one_command_in_this_folder(rlhf: Callable[..., Result], tm
         "ray job submit --address=http://127.0.0.1:8265 --entrypoint-num-gpus=4 --entrypoint-num-cpus=32 --no-wait -- "
         f"bash -c 'cd {tmp_path} && {job}'\n"
     )
+
+
+@pytest.mark.parametrize(
+    "word", ["${seed} `date` $HOME", 'a "b" c', "back\\slash", '\\" \\\\"', "it's", "ends with \\"]
+)
+def test_what_ray_hands_to_a_shell_arrives_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    program(tmp_path, "shown", "printf '%s\\n' \"$4\"", monkeypatch)  # -m rlhf_cli.cli align WORD
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "shown"))
+    asked = {"address": "here", "strategy": "ddp", "processes": 1, "cpus_per_process": 1, "options": []}
+    line = ray.words_of("align", [word], RayConfig(name="ray", **asked, dry_run=False), "cpu")
+    joined = subprocess.list2cmdline(line[line.index("--") + 1 :])  # as `ray job submit` does
+    assert subprocess.run(joined, shell=True, capture_output=True, text=True, check=True).stdout == f"{word}\n"
 
 
 def test_a_ray_job_that_fails_is_told(

@@ -57,6 +57,7 @@ def test_a_failure_on_another_machine_is_told_there(tmp_path: Path) -> None:
     settle(tmp_path, {0: LOST}, {0: (1, 0)}, "on another machine, which tells why", machines=2)
 
 
-def test_an_outcome_without_failure_is_the_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "rank-0.json").write_text(json.dumps({"time": 0.0, "failure": None, "run_dir": "runs/a"}))
-    assert failures.settle(tmp_path, {}, machines=1) == "runs/a"
+@pytest.mark.parametrize("rank", [0, 8])  # 8: the first of another machine
+def test_an_outcome_without_failure_is_the_run_folder(tmp_path: Path, rank: int) -> None:
+    (tmp_path / f"rank-{rank}.json").write_text(json.dumps({"time": 0.0, "failure": None, "run_dir": "runs/a"}))
+    assert failures.settle(tmp_path, {}, machines=2) == "runs/a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from miniatures import save_miniature
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers.integrations import deepspeed
 
 from rlhf_cli.config.inputs import ModelConfig
 from rlhf_cli.errors import RunError
@@ -47,6 +49,15 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a family with tied embeddings."""
     return save_miniature("qwen2.5", tmp_path_factory.mktemp("qwen"))
+
+
+def test_a_model_is_opened_whole_after_a_trainer_has_used_zero3(opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed splits what it trains; transformers would open every later model as parts of size 0."""
+    trainers = SimpleNamespace(is_zero3=lambda: True, config={})
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: trainers)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    assert all(weight.numel() for weight in load_policy(opt).parameters())
+    assert deepspeed.is_deepspeed_zero3_enabled(), "that trainer may go on"
 
 
 # -- number format and attention ---------------------------------------------------------------------------------------
