@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,10 +19,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from rlhf_cli import ranks
 from rlhf_cli.config.schema import StageTraining
 from rlhf_cli.errors import ConfigError, RunError
-from rlhf_cli.models.adapters import CHECKPOINTING, OWN, write_model
+from rlhf_cli.models.adapters import CHECKPOINTING, write_model
 from rlhf_cli.run import latest_checkpoint, mark_complete
+from rlhf_cli.trainers.reference_copy import no_copy
 
-TRL_REFERENCE = "ref"  # name of the adapter that TRL adds
 Log = Callable[[dict[str, float], int], None]
 
 
@@ -139,7 +139,7 @@ class AllRanks:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"] if "model" in kwargs else args[0]
-        with _no_copy(model):
+        with no_copy(model):
             super().__init__(*args, **kwargs)
         for weight in model.parameters() if isinstance(model, PeftModel) else ():
             if weight.requires_grad:  # TRL casts adapters to bfloat16 over a quantised base
@@ -279,24 +279,6 @@ def fit(trainer: Any, reporter: Reporter, *, rewind: Callable[[int], None]) -> i
             "lower the batch size or add data",
         )
     return trainer.state.global_step
-
-
-@contextmanager
-def _no_copy(model: Any) -> Iterator[None]:
-    """Within it, TRL finds the adapter itself in place of the copy that it makes as reference.
-
-    Ours is the base without any, and of an adapter that is split over ranks there is no such copy.
-    """
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    find, instance = model.get_parameter, cast(Any, model)
-    instance.add_adapter = lambda *_: None
-    instance.get_parameter = lambda name: find(name.replace(f".{TRL_REFERENCE}.", f".{OWN}."))
-    try:
-        yield
-    finally:
-        del instance.add_adapter, instance.get_parameter
 
 
 def _adopt_finished(trainer: Any, checkpoint: Path) -> bool:
