@@ -117,7 +117,15 @@ def training_arguments(
         "dataloader_pin_memory": computing.device != "cpu",
         "report_to": [],
         "disable_tqdm": True,
+        **_gradients_in_parts(),
     }
+
+
+def _gradients_in_parts() -> dict[str, Any]:
+    """Return what keeps FSDP2 from adding up the gradients of a step's micro-batches whole on every GPU."""
+    if ranks.world() == 1 or ranks.strategy() != "fsdp2":
+        return {}
+    return {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import rank_shards
 import torch
 from accelerate import DistributedType, PartialState
 from conftest import PIXEL
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf_cli import jobs, ranks
 from rlhf_cli.measure import sampled
@@ -35,6 +36,7 @@ def main(file: Path) -> None:
     trust.trust_figure = lambda panels, path, **_: path.write_bytes(PIXEL)
     if plan["shard"]:
         call_it_gpus()
+        watch_gradients(file.with_name(f"gradients-{ranks.rank()}.txt"))
     ranks.connect()
     if plan["kill"] and not plan["shard"]:
         found = rank_shards.found()
@@ -57,6 +59,25 @@ def call_it_gpus() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = called
+
+
+def watch_gradients(file: Path) -> None:
+    """Write after each micro-batch but a step's last how many numbers of whole gradients split weights have."""
+
+    def watching(self: Reporter, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        groups = [module._get_fsdp_state()._fsdp_param_group for module in model.modules() if is_split(module)]
+        weights = [weight for group in groups if group is not None for weight in group.fsdp_params]
+        assert weights, "nothing is split"
+        whole = [weight.unsharded_accumulated_grad for weight in weights]
+        whole += [weight._unsharded_param.grad for weight in weights if hasattr(weight, "_unsharded_param")]
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(f"{sum(gradient.numel() for gradient in whole if gradient is not None)}\n")
+
+    Reporter.on_substep_end = watching
+
+
+def is_split(module: Any) -> bool:
+    return isinstance(module, FSDPModule)
 
 
 def kill_rank_1(title: str, step: int) -> None:

@@ -267,3 +267,11 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sharded_training_ends_where_one_process_does(name: str, sharded: Path, alone: Callable[..., Path]) -> None:
     """accelerate shards on GPUs alone: it is told that these are some, and everything but that is real."""
     alike(alone(name, SHARDED), sharded / name)
+
+
+@pytest.mark.slow
+def test_no_gradient_of_split_weights_is_ever_whole(sharded: Path) -> None:
+    for number in (0, 1):
+        held = (sharded / f"gradients-{number}.txt").read_text(encoding="utf-8").split()
+        assert len(held) >= 12, "there are several micro-batches to a step"
+        assert set(held) == {"0"}
