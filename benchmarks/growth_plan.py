@@ -135,7 +135,7 @@ def memory(one: Scenario) -> dict[str, float]:
         "gradients": trained * FP32 / one.gpus,
         "AdamW": trained * ADAM / one.gpus,
         "gathered": gathered * BF16 * (one.gpus > 1),
-        "activations": tokens * model.width * BF16 * model.layers + layer_at_work,
+        "activations": 2 * tokens * model.width * BF16 * model.layers + layer_at_work,  # one backward pass serves both
         "logits": 3 * one.micro_batch * (RESPONSE + 1) * model.words * FP32,
     }
     found["training"] = sum(found.values())

@@ -201,6 +201,8 @@ def test_memory_and_traffic_by_hand() -> None:
     found = plan.memory(one)
     states = [found[name] for name in ("frozen", "weights", "gradients", "AdamW")]
     assert states == [2 * 70 * 2 / 2, 2 * 70 * 4 / 2, 2 * 70 * 4 / 2, 2 * 70 * 8 / 2]  # 36 bytes a weight, halved
+    tokens = 2 * (256 + 256)
+    assert found["activations"] == 2 * tokens * 2 * 2 + tokens * (10 * 2 + 3 * 5) * 2
     assert found["loading"] == (2 * 70 * 2 + 2 * 70 * 4) / 2 + 42 * 4, "parts, and a layer on its way"
     assert found["host"] == 70 * 4
     lora = [plan.Scenario(model, full=False, gpus=gpus, servers=0, rollouts=8, micro_batch=2) for gpus in (1, 2)]
