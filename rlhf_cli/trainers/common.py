@@ -238,7 +238,8 @@ class Reporter(TrainerCallback):
                 self.bar.set_postfix(shown)
 
     def _require_finite(self, model: Any, step: int) -> None:
-        held = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        # ds_tensor: this process's part, where ZeRO-3 has left the weight itself empty.
+        held = [getattr(weight, "ds_tensor", weight).detach() for weight in model.parameters() if weight.requires_grad]
         totals = [(weight.to_local() if isinstance(weight, DTensor) else weight).sum() for weight in held]
         if not bool(torch.stack(totals).isfinite().all()):
             raise RunError(
