@@ -18,13 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from gpu_arithmetic import GENERATE, LOGPS, PHASES, UPDATE, Body, Limits, Update, flops, tokens, traffic
-from gpu_job import TENSORS
+from gpu_job import MEMORY
 from gpu_page import Measured, Row, Size, page
 from real_shape import build, steps
 
@@ -43,7 +43,7 @@ VARIANTS = {
 }
 # glibc else keeps freed tensors, and resident memory on a CPU would be what was once held.
 FREED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-COUNTED = ("default", "generate")  # engines that run in the thread that counts tensors
+MEASURED = "default"  # engine whose memory is measured on a CPU: that takes longer than all else
 ENGINES = ("default", "generate", "continuous", "vllm")
 # What the estimate calls the phases (models/memory.py); rewards adapt their batches to what is left and have none.
 ESTIMATED = {GENERATE: "generation", LOGPS: "reading", UPDATE: "training"}
@@ -105,17 +105,20 @@ def measured(variant: str, engine: str, overrides: Sequence[str], size: Size, fo
     """Return what a variant took with an engine, in a process of its own; or why the engine cannot work here."""
     asked = [*VARIANTS[variant], f"generation={engine}", *overrides]
     found = read(variant, engine, job(asked, size.updates + 1, folder / "report.json"))
-    if isinstance(found, str) or found.limits.on_gpu or engine not in COUNTED:
+    if isinstance(found, str) or found.limits.on_gpu or engine != MEASURED:
         return found
-    (held,) = job([TENSORS, *asked], 2, folder / "report.json")["updates"]
-    return replace(found, rows=[replace(row, tensors=held[row.phase]["peak"]) for row in found.rows])
+    (held,) = job([MEMORY, *asked], 2, folder / "report.json", FREED)["updates"]
+    memory = [{"peak": held[row.phase]["peak"], "tensors": held[row.phase]["tensors"]} for row in found.rows]
+    return replace(found, rows=[replace(row, **sizes) for row, sizes in zip(found.rows, memory, strict=True)])
 
 
-def job(overrides: Sequence[str], updates: int, report: Path) -> dict[str, Any]:
-    """Return the report of gpu_job.py."""
+def job(
+    overrides: Sequence[str], updates: int, report: Path, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the report of gpu_job.py, run with more in its environment."""
     command = [sys.executable, str(HERE / "gpu_job.py"), str(report), str(updates), *overrides]
-    environment = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ, **FREED}
-    if subprocess.run(command, env=environment, check=False).returncode:
+    around = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **os.environ, **(environment or {})}
+    if subprocess.run(command, env=around, check=False).returncode:
         raise SystemExit(f"failed: {' '.join(command)}")
     found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
     return found

@@ -1,12 +1,12 @@
 """Runs updates of `rlhf align` in this process and says what their phases took; `benchmarks/gpu.py` calls it.
 
-    python benchmarks/gpu_job.py REPORT.json UPDATES [--tensors] [OVERRIDES]
+    python benchmarks/gpu_job.py REPORT.json UPDATES [--memory] [OVERRIDES]
 
 The models are put together and trained by the code of `rlhf align`; the trainer's own methods are wrapped by a clock.
 Only measures, checkpoints and the tracker are left out. The first update is not counted: it warms up, and AdamW's
-moments come to be in it. Memory is the peak of PyTorch's tensors on a GPU, and of resident memory on a CPU (Linux:
-the kernel's high-water mark is reset), above what there was before the first weights were read. With --tensors it is
-that of the tensors alone on a CPU too: counting them takes time, so nothing else that is found then counts.
+moments come to be in it. Memory is the peak of PyTorch's tensors on a GPU. On a CPU it is measured with --memory alone,
+since that takes time: the peak of the tensors, and of resident memory above what there was before the first weights
+were read (Linux: the kernel's high-water mark is reset).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from resident import RESET_PEAK, resident
 from tensor_bytes import TensorBytes
 from transformers import PrinterCallback
 
-TENSORS = "--tensors"
+MEMORY = "--memory"
 PLACES = {"_generate_single_turn": GENERATE, "_calculate_rewards": SCORE, "_read": LOGPS, "training_step": UPDATE}
 
 
@@ -36,7 +36,7 @@ class Phases:
 
     def __init__(self, device: str, before: float) -> None:
         self.device, self.before = device, before
-        self.counter: TensorBytes | None = None
+        self.counter: TensorBytes | None = None  # there, memory of a CPU is measured
         self.updates: list[dict[str, dict[str, float]]] = [{}]  # the first holds what comes before any
         self.rows: list[list[tuple[int, int]]] = []
         self.open: list[str] = []
@@ -106,11 +106,10 @@ class Phases:
 
     def _begin(self) -> None:
         synchronise(self.device)
-        if self.counter is not None:
-            self.counter.restart()
-        elif self.device == "cuda":
+        if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        else:
+        elif self.counter is not None:
+            self.counter.restart()
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # what has been freed is no part of the next phase
             Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
         self.since = time.perf_counter()
@@ -119,13 +118,12 @@ class Phases:
         if not self.open:
             return
         synchronise(self.device)
-        part = self.updates[-1].setdefault(self.open[-1], {"seconds": 0.0, "peak": 0.0})
+        part = self.updates[-1].setdefault(self.open[-1], {"seconds": 0.0, "peak": 0.0, "tensors": 0.0})
         part["seconds"] += time.perf_counter() - self.since
-        most = self._most() if self.counter is None else self.counter.peak
-        part["peak"] = max(part["peak"], most)
-
-    def _most(self) -> float:
-        return held(self.device, peak=True) - self.before
+        if self.device == "cuda" or self.counter is not None:
+            part["peak"] = max(part["peak"], held(self.device, peak=True) - self.before)
+        if self.counter is not None:
+            part["tensors"] = max(part["tensors"], self.counter.peak)
 
 
 def held(device: str, *, peak: bool = False) -> float:
@@ -135,14 +133,14 @@ def held(device: str, *, peak: bool = False) -> float:
     return resident("VmHWM" if peak else "VmRSS")
 
 
-def measure(updates: int, overrides: list[str], folder: Path, *, tensors: bool = False) -> dict[str, Any]:
+def measure(updates: int, overrides: list[str], folder: Path, *, memory: bool = False) -> dict[str, Any]:
     """Return what `updates` updates took, the first one left out, and what was estimated.
 
     Args:
         updates: >= 2; 0 only makes what comes before them, so that its memory does not count in another process.
         overrides: of `rlhf align`.
         folder: for the trainer's files.
-        tensors: memory is that of the tensors alone.
+        memory: of a CPU is measured, and seconds mean nothing.
 
     Raises:
         ConfigError, RunError: the overrides are wrong, or the engine cannot work here.
@@ -173,7 +171,7 @@ def measure(updates: int, overrides: list[str], folder: Path, *, tensors: bool =
     trainer.args.save_strategy, trainer.args.logging_strategy = "no", "no"
     trainer.remove_callback(PrinterCallback)
     phases.watch(trainer)
-    if tensors:
+    if memory:
         models = (trainer.model, trainer.reference, trainer.critic, getattr(work.reward, "model", None))
         phases.counter = TensorBytes(model for model in models if isinstance(model, torch.nn.Module))
     with phases.counter or nullcontext():
@@ -199,9 +197,9 @@ def main() -> None:
     """Measure, and write the report; a mistake of the overrides, or an engine that is not there, is written too."""
     from rlhf_cli.errors import UserError
 
-    report, updates, *overrides = [word for word in sys.argv[1:] if word != TENSORS]
+    report, updates, *overrides = [word for word in sys.argv[1:] if word != MEMORY]
     try:
-        found = measure(int(updates), overrides, Path(report).parent / "trainer", tensors=TENSORS in sys.argv)
+        found = measure(int(updates), overrides, Path(report).parent / "trainer", memory=MEMORY in sys.argv)
     except UserError as error:
         found = {"refused": str(error)}
     Path(report).write_text(json.dumps(found), encoding="utf-8")

@@ -46,7 +46,7 @@ class Row:
         tokens: sampled, read, or learned from.
         flops: asked for by the model.
         bytes: moved at least.
-        peak: memory, bytes, beside what there was before the first weights.
+        peak: memory, bytes, beside what there was before the first weights; 0 where it was not measured.
         estimated: the same as `rlhf` prints it; None where it does not.
         tensors: of the peak, what PyTorch's tensors hold, where it is a process's; None where that is not known.
     """
@@ -100,7 +100,7 @@ def page(found: Sequence[Measured | tuple[str, str]], size: Size, *, dry: bool) 
         whole="\n".join(_whole(one, dry=dry) for one in measured),
         phases="\n".join(_phase(one, row) for one in measured for row in one.rows),
         missing="\n".join(["", "Not measured:", "", *missing, ""]) if missing else "",
-        memory="\n".join(_memory(one, row) for one in measured for row in one.rows if row.estimated is not None),
+        memory="\n".join(_memory(one, row) for one in measured for row in one.rows if row.estimated and row.peak),
         bounds="\n".join(f"- **{row.phase}**: {_why(row, first)}" for row in first.rows),
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def _phase(one: Measured, row: Row) -> str:
     rate, (what, share) = row.flops / row.seconds, bound(row, one.limits)
     cells = [one.variant, f"`{one.engine}`", row.phase, f"{row.seconds:.3g}", f"{row.tokens / row.seconds:,.0f}"]
     cells += [f"{rate / TERA:.3g}", f"{rate / one.limits.peak:.1%}", f"{row.flops / row.bytes:.0f}", what]
-    return f"| {' | '.join([*cells, f'{share:.0%}', f'{row.peak / GB:.2f}'])} |"
+    return f"| {' | '.join([*cells, f'{share:.0%}', f'{row.peak / GB:.2f}' if row.peak else '–'])} |"
 
 
 def _memory(one: Measured, row: Row) -> str:
@@ -219,8 +219,8 @@ What bounds each phase, first variant:
 ## Memory beside the estimate
 
 What `rlhf` prints before it reads weights, beside the peak of each phase; rewards adapt their batches and have no
-estimate. Tensors are what PyTorch's allocator counts on a GPU; on a CPU they are counted operator by operator, in a run
-of its own. Resident memory of the CPU run has the libraries' buffers in it, and freed memory that the C library keeps.
+estimate. Tensors are what PyTorch's allocator counts on a GPU. On a CPU they are counted operator by operator, in a run
+of its own, for one engine; its resident memory has the libraries' buffers in it, and freed memory that is in pieces.
 
 | variant | engine | phase | estimated GB | tensors GB | difference | resident GB | difference |
 |---|---|---|---:|---:|---:|---:|---:|

@@ -156,9 +156,9 @@ def test_the_dry_run_measures_every_phase(report: dict[str, Any]) -> None:
 
 def test_the_estimate_is_near_the_tensors_of_an_update(tmp_path: Path) -> None:
     overrides = [*prepared(SIZE, tmp_path), "device=cpu", "model.dtype=float32"]
-    report = measure(2, overrides, tmp_path / "trainer", tensors=True)
+    report = measure(2, overrides, tmp_path / "trainer", memory=True)
     rows = {
-        phase: (report["updates"][0][phase]["peak"], estimated(phase, report)) for phase in (GENERATE, LOGPS, UPDATE)
+        phase: (report["updates"][0][phase]["tensors"], estimated(phase, report)) for phase in (GENERATE, LOGPS, UPDATE)
     }
     assert all(told == pytest.approx(took, rel=0.2) for took, told in rows.values()), rows
 
@@ -168,6 +168,7 @@ def test_the_page_says_what_it_is(report: dict[str, Any]) -> None:
     refused = read("full", "vllm", {"refused": "generation=vllm needs vLLM, which is not installed."})
     assert isinstance(measured, Measured)
     assert isinstance(refused, str)
+    measured = replace(measured, rows=[replace(row, peak=2.0e9, tensors=1.0e9) for row in measured.rows])
     text = page([measured, ("vllm", refused)], SIZE, dry=True)
     assert text.startswith("No CUDA GPU was at hand")
     assert "- `generation=vllm`: generation=vllm needs vLLM" in text
@@ -178,6 +179,8 @@ def test_the_page_says_what_it_is(report: dict[str, Any]) -> None:
         f"| update | {measured.rows[3].seconds:.3g} | {measured.rows[3].tokens / measured.rows[3].seconds:,.0f}" in text
     )
     assert f" | {rate:.3g} | " in lines[4]
+    told = measured.rows[3].estimated or 0.0
+    assert lines[-1].endswith(f"| {told / 1e9:.2f} | 1.00 | {told / 1e9 - 1:+.0%} | 2.00 | {told / 2e9 - 1:+.0%} |")
     assert all(f"- **{phase}**: " in text for phase in PHASES)
     assert not page([measured], SIZE, dry=False).startswith("No CUDA GPU")
 
