@@ -135,7 +135,7 @@ def _limits(limits: Limits) -> str:
 def _whole(one: Measured, *, dry: bool) -> str:
     speed, sampled = one.prompts / one.seconds, next(row for row in one.rows if row.phase == GENERATE)
     shares = [f"{row.seconds / one.seconds:.0%}" for row in one.rows]
-    rest = 1 - sum(row.seconds for row in one.rows) / one.seconds
+    rest = max(1 - sum(row.seconds for row in one.rows) / one.seconds, 0.0)  # medians need not add up
     beside = "–" if dry else f"{speed / AUTHORS:.2f}"
     cells = [one.variant, f"`{one.engine}`", f"{speed:.3g}", f"{sampled.tokens / one.seconds:,.0f}", beside]
     return f"| {' | '.join([*cells, f'{one.seconds:.2f}', *shares, f'{rest:.0%}'])} |"
