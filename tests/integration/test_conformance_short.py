@@ -25,7 +25,7 @@ def aligned(folder: Path, *overrides: str) -> dict[str, float]:
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+@pytest.mark.parametrize("advantage", ["gae", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_unconditional_pm_reaches_the_people_s_shares(folder: Path, advantage: str) -> None:
     found = aligned(folder, *CLOSED, f"algo.advantage={advantage}")
     assert found["pm/tv"] <= 0.02

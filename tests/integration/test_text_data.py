@@ -40,7 +40,7 @@ def dialogue(row: dict[str, str], side: str) -> str:
     return f"\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}"
 
 
-@pytest.fixture(params=["hh_rlhf", "preferences"])
+@pytest.fixture(params=["hh_rlhf", pytest.param("preferences", marks=pytest.mark.slow)])
 def dataset(request: pytest.FixtureRequest, rlhf: Rlhf) -> list[str]:
     """The overrides of a dataset with its file in the working directory."""
     if request.param == "preferences":

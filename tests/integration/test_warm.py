@@ -58,6 +58,7 @@ def test_members_come_from_the_store_and_the_first_is_the_bt_model(warm: Path, s
         assert gap(members[one], members[other]) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_first_member_is_not_trained_again(small: Small, tmp_path: Path, trained: list[str]) -> None:
     own = tmp_path / "store"
     small("train-rm", "reward=bt", name="bt", store=own)
@@ -70,6 +71,7 @@ def test_the_first_member_is_not_trained_again(small: Small, tmp_path: Path, tra
     assert trained[4:] == ["DemonstrationTrainer"] + ["LossRewardTrainer"] * 3
 
 
+@pytest.mark.slow
 def test_members_start_from_one_initialisation(small: Small, tmp_path: Path) -> None:
     own = tmp_path / "store"
     small("train-rm", *WARM, "trainer.rm.learning_rate=1e-12", store=own)
