@@ -19,13 +19,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gpu_arithmetic import GENERATE, LOGPS, REST, SCORE, UPDATE, limits, synchronise
 from resident import RESET_PEAK, resident
-from tensor_bytes import TensorBytes
 from transformers import PrinterCallback
+
+from rlhf_cli.models.meter import Meter
 
 MEMORY = "--memory"
 PLACES = {"_generate_single_turn": GENERATE, "_calculate_rewards": SCORE, "_read": LOGPS, "training_step": UPDATE}
@@ -36,7 +37,7 @@ class Phases:
 
     def __init__(self, device: str, before: float) -> None:
         self.device, self.before = device, before
-        self.counter: TensorBytes | None = None  # there, memory of a CPU is measured
+        self.weights, self.counter = 0.0, cast("Meter | None", None)  # there, memory of a CPU is measured
         self.updates: list[dict[str, dict[str, float]]] = [{}]  # the first holds what comes before any
         self.rows: list[list[tuple[int, int]]] = []
         self.open: list[str] = []
@@ -73,6 +74,15 @@ class Phases:
         self._note()
         self.open.pop()
         self._begin()
+
+    def count(self, models: list[torch.nn.Module]) -> None:
+        """Let the bytes of tensors be counted, those of the weights of `models` from the start."""
+        whole = torch.nn.ModuleList(models)
+        storages = {
+            held.untyped_storage()._cdata: held.untyped_storage() for held in (*whole.parameters(), *whole.buffers())
+        }
+        self.weights = float(sum(storage.nbytes() for storage in storages.values()))
+        self.counter = Meter(vocab_size=0, model=whole)
 
     def _beginning(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, which makes the rollouts of an update, as its beginning."""
@@ -123,7 +133,7 @@ class Phases:
         if self.device == "cuda" or self.counter is not None:
             part["peak"] = max(part["peak"], held(self.device, peak=True) - self.before)
         if self.counter is not None:
-            part["tensors"] = max(part["tensors"], self.counter.peak)
+            part["tensors"] = max(part["tensors"], self.weights + self.counter.peak)
 
 
 def held(device: str, *, peak: bool = False) -> float:
@@ -173,7 +183,7 @@ def measure(updates: int, overrides: list[str], folder: Path, *, memory: bool = 
     phases.watch(trainer)
     if memory:
         models = (trainer.model, trainer.reference, trainer.critic, getattr(work.reward, "model", None))
-        phases.counter = TensorBytes(model for model in models if isinstance(model, torch.nn.Module))
+        phases.count([model for model in models if isinstance(model, torch.nn.Module)])
     with phases.counter or nullcontext():
         trainer.train()
     name = torch.cuda.get_device_name() if how.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"

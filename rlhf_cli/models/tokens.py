@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_cli.models.batches import by_length
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -39,13 +41,13 @@ class TokenBatch:
         ids, seen = (field[rows, lead : prompt + tokens] for field in (self.input_ids, self.attention_mask))
         return TokenBatch(ids, seen, self.response_ids[rows, :tokens], mask[:, :tokens])
 
-    def by_length(self, size: int | None) -> list[tuple[Tensor, TokenBatch]]:
+    def pieces(self, size: int | None) -> list[tuple[Tensor, TokenBatch]]:
         """Return the batch in pieces of at most `size` sequences (None: one piece), the longest first.
 
         Returns:
             (rows, piece): where the sequences stand in the batch, and they, padded no further than to their longest.
         """
-        order = self.attention_mask.sum(-1).argsort(dim=0, descending=True, stable=True)
+        order = torch.tensor(by_length(self.attention_mask.sum(-1).tolist()), device=self.input_ids.device)
         return [(rows, self.of(rows)) for rows in order.split(size or len(order))]
 
     def read(self, reader: Callable[[TokenBatch], Tensor], size: int | None) -> Tensor:
@@ -57,7 +59,7 @@ class TokenBatch:
             size: sequences at a time; None: all.
         """
         width = self.response_ids.shape[1]
-        pieces = self.by_length(size)
+        pieces = self.pieces(size)
         found = [reader(piece) for _, piece in pieces]
         values = torch.cat([part if part.ndim == 1 else widened(part, width) for part in found])
         return values[torch.cat([rows for rows, _ in pieces]).argsort()]

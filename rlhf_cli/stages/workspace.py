@@ -132,12 +132,9 @@ def prepare(cfg: AlignConfig, roles: Roles, *, training: bool = False) -> Worksp
     models = (training_models if training else read_models)(cfg, roles, data, tokenizer)
     reference, reward = models.reference, models.reward
     require_context(reference, cfg.dataset, str(roles.reference))
-    enumeration = _enumeration(data, tokenizer, device)
     tree = answer_tree(cfg.dataset, data, tokenizer, reference.config.vocab_size, device)
-    temperature, sampler = cfg.generation.temperature, _sampler(cfg)
-    how = Sampling(
-        cfg.dataset.max_completion_tokens, temperature, tree, [tokenizer.eos_token_id], tokenizer.pad_token_id, device
-    )
+    temperature, sampler, length = cfg.generation.temperature, _sampler(cfg), cfg.dataset.max_completion_tokens
+    how = Sampling(length, temperature, tree, [tokenizer.eos_token_id], tokenizer.pad_token_id, device)
     prompts, samples = measured_prompts(cfg, data)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     shared: dict[str, Any] = {"reward_clip": cfg.reward.clip, "algorithm": algorithm, "algo": cfg.algo}
@@ -146,8 +143,7 @@ def prepare(cfg: AlignConfig, roles: Roles, *, training: bool = False) -> Worksp
         "reward": {"reward": rewarded},
         "reference": {"policy": fingerprint(roles.reference)},
     }
-    heldout: Any = encode_pairs(data.heldout_pairs[:TEXT_PAIRS], tokenizer, cfg.dataset)
-    number = {question.prompt: question.index for question in data.questions}
+    number = _numbers(data)
     return Workspace(
         cfg=cfg,
         roles=roles,
@@ -157,28 +153,9 @@ def prepare(cfg: AlignConfig, roles: Roles, *, training: bool = False) -> Worksp
         tokenizer=tokenizer,
         tree=tree,
         models=models,
-        exact=ExactMeasure(
-            enumeration,
-            reference,
-            reward,
-            temperature=temperature,
-            tree=tree,
-            gold_offset=data.gold("", "") if data.gold else None,
-            **shared,
-        )
-        if enumeration
-        else None,  # fmt: skip
+        exact=_exact(data, tokenizer, models, how, shared),
         sampled=SampledMeasure(prompt_ids, samples, reference, reward, sampling=how, seed=cfg.seed, **shared),
-        pairs=PairMeasure(
-            heldout,
-            reference,
-            reward,
-            reward_clip=cfg.reward.clip,
-            sampling=how,
-            memo=memo,
-            identity=known,
-            groups=[number[pair.prompt] for pair in data.heldout_pairs[:TEXT_PAIRS]] if number else None,
-        ),
+        pairs=_pairs(cfg, data, tokenizer, models, sampling=how, memo=memo, identity=known),
         prompts=prompts,
         prompt_ids=prompt_ids,
         questions=np.array([number[prompt] for prompt in prompts]) if number else None,
@@ -187,6 +164,31 @@ def prepare(cfg: AlignConfig, roles: Roles, *, training: bool = False) -> Worksp
         reward_id=rewarded,
         memo=memo,
     )
+
+
+def _exact(
+    data: PreferenceData, tokenizer: Any, models: RoleModels, how: Sampling, shared: dict[str, Any]
+) -> ExactMeasure | None:
+    """Return the exact measure, where all answers can be enumerated."""
+    enumeration = _enumeration(data, tokenizer, how.device)
+    if not enumeration:
+        return None
+    offset = data.gold("", "") if data.gold else None
+    reading: dict[str, Any] = {"temperature": how.temperature, "tree": how.tree, "gold_offset": offset}
+    return ExactMeasure(enumeration, models.reference, models.reward, **reading, **shared)
+
+
+def _pairs(cfg: AlignConfig, data: PreferenceData, tokenizer: Any, models: RoleModels, **reading: Any) -> PairMeasure:
+    """Return the measure on held-out pairs."""
+    rows, number = data.heldout_pairs[:TEXT_PAIRS], _numbers(data)
+    heldout: Any = encode_pairs(rows, tokenizer, cfg.dataset)
+    groups = [number[pair.prompt] for pair in rows] if number else None
+    return PairMeasure(heldout, models.reference, models.reward, reward_clip=cfg.reward.clip, groups=groups, **reading)
+
+
+def _numbers(data: PreferenceData) -> dict[str, int]:
+    """Return the number of each question by its prompt; none where there are no questions."""
+    return {question.prompt: question.index for question in data.questions}
 
 
 def reward_id(cfg: AlignConfig, folders: Sequence[Path], tokenizer: Any) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_cli import ranks
+from rlhf_cli.models.batches import by_length
 from rlhf_cli.models.tokens import TokenBatch, collate, widened
 
 SEQUENCE_FIELDS = ("input_ids", "attention_mask", "response_ids", "response_mask")  # a TokenBatch's
@@ -85,7 +86,8 @@ def dealt(
         raise ValueError(f"{total} rollouts are no {count} micro-batches of {size} on {world} ranks.")
     stream = np.random.SeedSequence([ORDER_STREAM, *key]).generate_state(1)[0]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(int(stream)))
-    order = _longest_first(order.view(count // per_step, -1), rollouts["attention_mask"].sum(-1).cpu())
+    lengths = rollouts["attention_mask"].sum(-1).cpu()
+    order = torch.stack([step[by_length(lengths[step].tolist())] for step in order.view(count // per_step, -1)])
     tokens = rollouts["response_mask"].sum(-1).cpu()[order].view(count // per_step, per_step, world, size).sum(-1)
     shares = tokens / tokens.double().mean((1, 2), keepdim=True)
     mine = order.view(count, world, size)[:, ranks.rank()]
@@ -94,11 +96,6 @@ def dealt(
         {**_taken(rollouts, rows.to(device)), "share": share.to(device)}
         for rows, share in zip(mine, shares.view(count, world)[:, ranks.rank()].float(), strict=True)
     ]
-
-
-def _longest_first(steps: Tensor, lengths: Tensor) -> Tensor:
-    """Return the rows of each optimizer step, (steps, rows), by length."""
-    return steps.gather(1, lengths[steps].argsort(dim=1, descending=True, stable=True))
 
 
 def _taken(rollouts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

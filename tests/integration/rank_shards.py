@@ -143,7 +143,7 @@ def _critic_step(critic: Critic, batch: Any) -> dict[str, float]:
     """
     before = {name: weight.detach().clone() for name, weight in critic.named_parameters()}
     alone, averaged, sharded = critic, deepcopy(critic), shard(deepcopy(critic))
-    _, mine = batch.by_length(2)[ranks.rank()]
+    _, mine = batch.pieces(2)[ranks.rank()]
     for model, part in ((alone, batch), (averaged, mine), (sharded, mine)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         (model(part) * part.response_mask).sum().div(len(part.input_ids)).backward()

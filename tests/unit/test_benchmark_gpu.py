@@ -154,8 +154,9 @@ def test_the_dry_run_measures_every_phase(report: dict[str, Any]) -> None:
     assert found.rows[1].estimated is None
 
 
-def test_the_estimate_is_near_the_tensors_of_an_update(tmp_path: Path) -> None:
-    overrides = [*prepared(SIZE, tmp_path), "device=cpu", "model.dtype=float32"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_is_near_the_tensors_of_an_update(tmp_path: Path, dtype: str) -> None:
+    overrides = [*prepared(SIZE, tmp_path), "device=cpu", f"model.dtype={dtype}"]
     report = measure(2, overrides, tmp_path / "trainer", memory=True)
     rows = {
         phase: (report["updates"][0][phase]["tensors"], estimated(phase, report)) for phase in (GENERATE, LOGPS, UPDATE)

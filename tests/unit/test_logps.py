@@ -142,7 +142,7 @@ def test_a_padding_token_inside_a_sequence_is_kept() -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (9, [3])])
 def test_pieces_by_length_hold_every_sequence_without_needless_padding(size: int | None, expected: list[int]) -> None:
-    pieces = BATCH.by_length(size)
+    pieces = BATCH.pieces(size)
     assert [len(piece.input_ids) for _, piece in pieces] == expected
     lengths = [int(length) for _, piece in pieces for length in piece.attention_mask.sum(-1)]
     assert lengths == sorted(lengths, reverse=True)
